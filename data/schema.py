@@ -84,6 +84,8 @@ class Batch:
     roles             S role names
     scalars           {name: (B,) float32}, NaN where a row lacks it
     response_scalars  {name: (S,) float32}, NaN where it does not apply
+    token_scalars     {name: (N,) one value per response token of the batch, in response order}; never read from data,
+                      an online loop annotates with it (the log-probs of the policy that drew the tokens)
     """
 
     uids: tuple[str, ...]
@@ -95,6 +97,7 @@ class Batch:
     roles: tuple[str, ...]
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     response_scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    token_scalars: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         b, s = len(self.uids), len(self.responses)
