@@ -31,7 +31,7 @@ class Arm:
     queries. ``epochs: 1`` is offline.
 
     label          name in tables and figures
-    lr             Adam's
+    lr             Adam's; null: tuned by the study
     fresh_prompts  new prompts at every epoch (the published code keeps the first ones)
     margin         ipo: target of the margin in nats; IPO's own beta is 1 / (2 margin)
     beta           dpo: per nat
@@ -44,7 +44,7 @@ class Arm:
 
     label: str
     method: Method
-    lr: float
+    lr: float | None = None
     epochs: int = 1
     reuse: int = 200
     minibatches: int = 1
@@ -80,6 +80,16 @@ class Arm:
             )
         if self.margin <= 0:
             raise UserError(f"arm {self.label!r}: margin={self.margin}: must be > 0; try margin=10")
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps in all."""
+        return self.epochs * self.reuse * self.minibatches
+
+    @property
+    def regime(self) -> str:
+        """offline: all data drawn before the first step."""
+        return "offline" if self.epochs == 1 else "on-policy"
 
     def loss(self) -> Loss:
         """The loss object; raises UserError for values it refuses."""
@@ -172,7 +182,7 @@ def _selection(
 
 def _pairs(arm: Arm, rewards: Tensor, flat: Tensor) -> Selection:
     """All N (N - 1) / 2 pairs of every prompt; equal rewards carry half a label each way."""
-    r, s, n = rewards.shape
+    r, _, n = rewards.shape
     i, j = torch.triu_indices(n, n, 1)
     gap = rewards[..., i] - rewards[..., j]  # (R, S, pairs)
     chosen = torch.where(gap >= 0, flat[..., i], flat[..., j])

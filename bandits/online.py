@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +105,6 @@ def train(world: World, arm: Arm, start: Params, prompts: Tensor, eval_every: in
     """
     loss, params, moments = arm.loss(), trainable(start), RunningMoments()
     optimizer = torch.optim.Adam(list(params.values()), lr=arm.lr, fused=True)
-    total = arm.epochs * arm.reuse * arm.minibatches
     curves = Curves([], [], {})
     rows: dict[str, list[Tensor]] = defaultdict(list)
     step = queries = 0
@@ -140,17 +138,7 @@ def train(world: World, arm: Arm, start: Params, prompts: Tensor, eval_every: in
                     clip_gradients(params, arm.max_grad_norm)
                 optimizer.step()
                 step += 1
-                if step % eval_every == 0 or step == total:
+                if step % eval_every == 0 or step == arm.steps:
                     record(data, values)
     curves.metrics = {name: torch.stack(values) for name, values in rows.items()}
     return curves
-
-
-def start_points(world: World, arms: Sequence[Arm]) -> dict[int, tuple[Tensor, Params]]:
-    """Prompts and imitation policy for every number of prompts that the arms use; equal arms share them."""
-    return {num: _start(world, num) for num in sorted({arm.prompts for arm in arms})}
-
-
-def _start(world: World, num: int) -> tuple[Tensor, Params]:
-    prompts = world.draw_prompts(num)
-    return prompts, world.warm_start(prompts)

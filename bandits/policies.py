@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class MLP:
     def init(self, rngs: Generators, dtype: torch.dtype = torch.float32) -> Params:
         widths = (self.inputs, *self.hidden, self.outputs)
         params: Params = {}
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
             bound = self.gain * (6.0 / (fan_in + fan_out)) ** 0.5
             params[f"w{i}"] = stack([rng.uniform(-bound, bound, (fan_in, fan_out)) for rng in rngs], dtype)
             params[f"b{i}"] = torch.zeros(len(rngs), fan_out, dtype=dtype)

@@ -1,0 +1,232 @@
+"""On-policy against offline data: arms x rewards, tuned learning rates, curves, bars and claims."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from bandits import contextual, figures, oracles
+from bandits.methods import Arm
+from bandits.online import Curves, train
+from bandits.policies import Transformer
+from bandits.report import Claim, Report
+from bandits.worlds import ContextualBandit, SequenceBandit, World
+from utils import UserError, log
+
+SHOWN = (
+    "reward",
+    "kl_policy_reference",
+    "kl_reference_policy",
+    "entropy",
+    "log_ratio/chosen",
+    "log_ratio/rejected",
+)
+TUNING_OFFSET = 10_000  # tuning seeds are far from the reported ones
+
+
+@dataclass(frozen=True)
+class OnPolicyStudy:
+    """Settings of one experiment of this family. A cell of its tables is "<label>, <regime>[, <vary>=<value>]@R<id>".
+
+    bandit        contextual (MLP policy) | sequence (transformer policy)
+    rewards       reward ids: 4, 5, 8, 9 for contextual, 6, 7 for sequence
+    arms          what is compared; an arm without ``lr`` is tuned
+    num_seeds     replicates; seeds are seed, seed + 1, ...
+    eval_every    gradient steps between evaluations; num_eval: contexts or prompts an evaluation averages over
+    lr_grid       candidates for tuned arms: the best mean final reward over ``tuning_seeds`` other seeds wins
+    vary          an Arm field that distinguishes arms of one label (prompts, reuse, ...): x axis of the bars, and the
+                  columns of the log-ratio figure
+    dropout       sequence: probability of dropout in the policy while it trains; the reference never has any
+    legacy_logps  sequence: the published code's unshifted log-probs, to measure what they change
+    figures       curves: reward against step | reward_kl | log_ratios of chosen and rejected | bars of final reward
+    """
+
+    rewards: list[int]
+    arms: list[Arm]
+    bandit: Literal["contextual", "sequence"] = "contextual"
+    num_seeds: int = 20
+    seed: int = 0
+    eval_every: int = 10
+    num_eval: int = 100
+    lr_grid: list[float] = field(default_factory=lambda: [0.0003, 0.001, 0.003, 0.01])
+    tuning_seeds: int = 5
+    vary: str | None = None
+    dropout: float = 0.0
+    legacy_logps: bool = False
+    figures: list[Literal["curves", "reward_kl", "log_ratios", "bars"]] = field(
+        default_factory=lambda: ["curves"]
+    )
+    claims: list[Claim] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for reward in self.rewards:
+            allowed = contextual.DISCRETE if self.bandit == "contextual" else contextual.SEQUENCE
+            contextual.check_reward(reward, allowed)
+        known = [f.name for f in dataclasses.fields(Arm)]
+        if self.vary is not None and self.vary not in known:
+            raise UserError(f"vary={self.vary}: must be a field of an arm: {', '.join(known)}")
+        if self.num_seeds < 2:
+            raise UserError(f"num_seeds={self.num_seeds}: an interval needs at least 2")
+        names = [self.cell(arm, 0) for arm in self.arms]
+        for name in {n for n in names if names.count(n) > 1}:
+            raise UserError(
+                f"arms: two arms are called {name.split('@')[0]!r}: give them labels, or name their difference in vary"
+            )
+
+    def cell(self, arm: Arm, reward: int) -> str:
+        """Name of the arm under a reward, in every table."""
+        varied = "" if self.vary is None else f", {self.vary}={getattr(arm, self.vary)}"
+        return f"{arm.label}, {arm.regime}{varied}@R{reward}"
+
+    def world(self, reward: int, seeds: Sequence[int]) -> World:
+        """A fresh bandit: its streams start anew, so arms see the same prompts and first samples."""
+        if self.bandit == "contextual":
+            return ContextualBandit(reward, seeds, num_eval=self.num_eval)
+        network = Transformer(dropout=self.dropout, legacy_logps=self.legacy_logps)
+        return SequenceBandit(reward, seeds, network, num_eval=self.num_eval)
+
+    def train(self, arm: Arm, reward: int, seeds: Sequence[int], eval_every: int) -> Curves:
+        """One arm from its imitation policy."""
+        world = self.world(reward, seeds)
+        prompts = world.draw_prompts(arm.prompts)
+        return train(world, arm, world.warm_start(prompts), prompts, eval_every)
+
+    def tuned(self, arm: Arm, reward: int) -> Arm:
+        """The arm with the learning rate of the grid that ends highest on the tuning seeds."""
+        if arm.lr is not None:
+            return arm
+        seeds = range(self.seed + TUNING_OFFSET, self.seed + TUNING_OFFSET + self.tuning_seeds)
+        candidates = [dataclasses.replace(arm, lr=lr) for lr in self.lr_grid]
+        ends = [float(self.train(c, reward, seeds, c.steps).last("reward").mean()) for c in candidates]
+        return candidates[int(np.argmax(ends))]
+
+    def run(self, report: Report) -> None:
+        """Every arm under every reward; then tables and figures."""
+        seeds = range(self.seed, self.seed + self.num_seeds)
+        curves: dict[tuple[int, Arm], Curves] = {}
+        for reward in self.rewards:
+            self._oracles(report, reward)
+            for arm in self.arms:
+                tuned = self.tuned(arm, reward)
+                found = self.train(tuned, reward, seeds, self.eval_every)
+                curves[reward, arm] = found
+                cell, metrics = self.cell(arm, reward), {n: v.numpy() for n, v in found.metrics.items()}
+                report.curve(cell, found.steps, found.queries, metrics, seeds, SHOWN)
+                report.cell(cell, "lr", np.array([tuned.lr]))
+                chosen = metrics["log_ratio/chosen"]
+                report.cell(
+                    cell, "log_ratio/chosen_drop", chosen.max(0) - chosen[-1]
+                )  # fell this far from its peak
+                log.info("%-45s lr %-6g reward %.3f", cell, tuned.lr, found.last("reward").mean())
+        with figures.style():
+            for kind in self.figures:
+                report.figure(kind, getattr(self, f"_{kind}")(curves))
+
+    def _oracles(self, report: Report, reward: int) -> None:
+        """What infinitely many samples would give the contextual bandit."""
+        if self.bandit != "contextual":
+            return
+        mu, table = contextual.data_policy(), contextual.reward_table(reward)
+        n = self.arms[0].samples
+        answers = {"data policy": mu}
+        answers |= {f"best of {n}^{k}": oracles.best_of_n(mu, table, n**k) for k in (1, 2, 3)}
+        for arm in self.arms:
+            if arm.method == "ipo":
+                answers[f"IPO fixed point, margin {arm.margin:g}"] = oracles.ipo_fixed_point(
+                    mu, mu, table, arm.margin
+                )
+            if arm.method == "rwr" and not arm.standardise:
+                answers[f"RWR fixed point, tau {arm.temperature:g}"] = oracles.rwr_fixed_point(
+                    mu, table, arm.temperature
+                )
+        for name, policy in answers.items():
+            report.cell(f"oracle: {name}@R{reward}", "reward", np.array([policy @ table]))
+
+    def _labels(self) -> dict[str, dict]:
+        labels = list(dict.fromkeys(arm.label for arm in self.arms))
+        return {label: figures.look(i) for i, label in enumerate(labels)}
+
+    def _curves(self, curves: dict[tuple[int, Arm], Curves]):
+        """Rows: rewards; columns: offline, on-policy; expected reward against gradient step."""
+        regimes = list(dict.fromkeys(arm.regime for arm in self.arms))
+        figure, axes = figures.panels(len(self.rewards), len(regimes), 3.2, 2.3)
+        looks = self._labels()
+        for (reward, arm), found in curves.items():
+            ax = axes[self.rewards.index(reward), regimes.index(arm.regime)]
+            label = arm.label if self.vary is None else f"{arm.label}, {self.vary} {getattr(arm, self.vary)}"
+            line = looks[arm.label]
+            if self.vary is not None:
+                line = figures.look(self.arms.index(arm))
+            figures.band(ax, found.steps, found.metrics["reward"].numpy(), label, **line)
+            ax.set(
+                title=f"R{reward}, {arm.regime}",
+                xlabel="gradient step",
+                ylabel="expected reward",
+                ylim=(0, 1.03),
+            )
+        fullest = max(axes.flat, key=lambda ax: len(ax.lines))
+        figures.legend_above(figure, fullest, 4)
+        return figure
+
+    def _reward_kl(self, curves: dict[tuple[int, Arm], Curves]):
+        """Mean reward against mean KL(policy || reference) along training; a dot at the end."""
+        regimes = list(dict.fromkeys(arm.regime for arm in self.arms))
+        figure, axes = figures.panels(len(self.rewards), len(regimes), 3.2, 2.3)
+        looks = self._labels()
+        for (reward, arm), found in curves.items():
+            ax = axes[self.rewards.index(reward), regimes.index(arm.regime)]
+            x = found.metrics["kl_policy_reference"].mean(-1).numpy()
+            y = found.metrics["reward"].mean(-1).numpy()
+            ax.plot(x, y, label=arm.label, **looks[arm.label])
+            ax.plot(x[-1:], y[-1:], marker="o", color=looks[arm.label]["color"])
+            ax.set(
+                title=f"R{reward}, {arm.regime}",
+                xlabel="KL(policy || reference), nats",
+                ylabel="expected reward",
+            )
+        fullest = max(axes.flat, key=lambda ax: len(ax.lines))
+        figures.legend_above(figure, fullest, 4)
+        return figure
+
+    def _log_ratios(self, curves: dict[tuple[int, Arm], Curves]):
+        """log pi / pi_ref of the best sample (solid) and of the others (dashed); columns: the varied field."""
+        columns = list(dict.fromkeys(self._varied(arm) for arm in self.arms))
+        figure, axes = figures.panels(len(self.rewards), len(columns), 2.5, 2.1)
+        looks = self._labels()
+        for (reward, arm), found in curves.items():
+            ax = axes[self.rewards.index(reward), columns.index(self._varied(arm))]
+            for role, dash in (("chosen", "-"), ("rejected", "--")):
+                values = found.metrics[f"log_ratio/{role}"].numpy()
+                line = {"color": looks[arm.label]["color"], "linestyle": dash}
+                figures.band(ax, found.steps, values, f"{arm.label}, {role}", **line)
+            ax.set(title=f"R{reward}, {self._varied(arm)}", xlabel="gradient step", ylabel="log-ratio, nats")
+            ax.set_ylim(bottom=max(-40, ax.get_ylim()[0]))
+        figures.legend_above(figure, axes[0, 0], 4)
+        return figure
+
+    def _varied(self, arm: Arm) -> str:
+        return arm.regime if self.vary is None else f"{self.vary} {getattr(arm, self.vary)}"
+
+    def _bars(self, curves: dict[tuple[int, Arm], Curves]):
+        """Final reward against the varied field, one group of bars per value."""
+        groups = list(dict.fromkeys(self._varied(arm) for arm in self.arms))
+        figure, axes = figures.panels(1, len(self.rewards), max(2.6, 0.75 * len(groups)), 2.3)
+        for reward, ax in zip(self.rewards, axes[0], strict=True):
+            series = {}
+            for label in self._labels():
+                ends = {
+                    self._varied(a): c.last("reward").numpy()
+                    for (r, a), c in curves.items()
+                    if r == reward and a.label == label
+                }
+                missing = np.full(self.num_seeds, np.nan)
+                series[label] = np.stack([ends.get(group, missing) for group in groups])
+            names = [group.removeprefix(f"{self.vary} ") for group in groups]
+            figures.bars(ax, names, series)
+            ax.set(title=f"R{reward}", xlabel=self.vary or "", ylabel="final expected reward", ylim=(0, 1.03))
+        figures.legend_above(figure, axes[0, 0], 4)
+        return figure
