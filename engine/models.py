@@ -1,0 +1,514 @@
+"""Models: their YAML schema, building policies and references, saving and merging them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from engine import archives
+from engine.archives import Archive, weights_hash
+from engine.lora import (
+    POLICY_ADAPTER,
+    REFERENCE_ADAPTER,
+    drawing_from,
+    first_line,
+    folded,
+    is_peft,
+    load_adapter,
+    with_lora,
+)
+from utils import UserError, log, stream, write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+HEAD = "score"  # Hugging Face's name of the head of a sequence classifier
+
+Output = Literal["logps", "reward", "embedding"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Schema of config/model/<name>.yaml; what each key means is said there."""
+
+    name: str
+    lr: float
+    name_or_path: str | None = None
+    config: dict[str, Any] | None = None
+    init_seed: int = 0
+    tokenizer_name_or_path: str | None = None
+    revision: str | None = None
+    archive: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    policy_dtype: DType = "float32"
+    reference_dtype: DType = "float32"
+    fsdp_policy_mp: Literal["bfloat16", "float16"] | None = None
+    block_name: str | None = None
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    quantization: Literal["nf4"] | None = None
+    use_lora: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        problems = [p for p in self._problems() if p]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        if (self.name_or_path is None) == (self.config is None):
+            yield (
+                f"model.name_or_path={self.name_or_path}: give either it (a pretrained model) or model.config (a model "
+                "built from a seed), not both and not neither"
+            )
+        if self.config is not None and "model_type" not in self.config:
+            yield "model.config: model_type is missing; e.g. model.config.model_type=gemma"
+        if self.name_or_path is None and self.tokenizer_name_or_path is None:
+            yield "model.tokenizer_name_or_path=null: required when there is no model.name_or_path"
+        if not self.lr > 0:
+            yield f"model.lr={self.lr}: must be > 0"
+        if self.lora_rank < 1:
+            yield f"model.lora_rank={self.lora_rank}: must be at least 1"
+        if not self.lora_alpha > 0:
+            yield f"model.lora_alpha={self.lora_alpha}: must be > 0"
+        if self.lora_dropout != 0:
+            yield (
+                f"model.lora_dropout={self.lora_dropout}: must be 0; a prompt shared by its responses is computed once, "
+                "so dropout would tie their noise together and the run could not be resumed exactly"
+            )
+        if self.lora_target_modules is not None and not self.lora_target_modules:
+            yield "model.lora_target_modules=[]: name at least one module, or null for every linear layer of the blocks"
+        if self.quantization is not None and (not self.use_lora or self.name_or_path is None):
+            yield (
+                f"model.quantization={self.quantization}: 4-bit weights cannot be trained; it needs model.use_lora=true "
+                "and a pretrained model.name_or_path"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+
+def _local(name_or_path: str) -> str:
+    """A directory given relative to the working directory or to the project, as a path; else the hub's name as it is."""
+    path = Path(name_or_path).expanduser()
+    for candidate in (path, ROOT / path):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return name_or_path
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (EOS where it has none, logged). UserError without EOS."""
+    name = spec.tokenizer_name_or_path or spec.name_or_path
+    key = "tokenizer_name_or_path" if spec.tokenizer_name_or_path else "name_or_path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _local(name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.{key}={name}: no tokenizer can be loaded ({first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.{key}={name}: the tokenizer has no EOS token, so no response could end; give a tokenizer with one"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        log.info(
+            "tokenizer %s has no padding token: EOS %r pads (padding is masked, never compared)",
+            name,
+            tokenizer.eos_token,
+        )
+    if spec.chat_template is not None:
+        path = Path(_local(spec.chat_template))
+        tokenizer.chat_template = path.read_text("utf-8") if path.is_file() else spec.chat_template
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def build_policy(
+    spec: ModelSpec,
+    *,
+    archive: str | None = None,
+    output: Output = "logps",
+    dim: int | None = None,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> nn.Module:
+    """The model to train: a causal LM, or with output="reward" / "embedding" a classifier with 1 / ``dim`` outputs.
+
+    Weights, later ones winning: pretrained, or drawn from ``spec.init_seed``; those of ``archive``. New LoRA adapters and
+    heads are drawn from streams of ``seed``. Torch's global generator is as before on return. Dropout is 0 everywhere, so
+    training and evaluation mode compute the same. When the archive is an adapter, training continues from it and a frozen
+    copy named ``reference`` stays in the model (see ``reference.AdapterOffReference``).
+    """
+    model, stored = _assemble(
+        spec,
+        archive=archive,
+        output=output,
+        dim=dim,
+        seed=seed,
+        device=device,
+        dtype=dtype or DTYPES[spec.policy_dtype],
+        tokenizer=tokenizer or load_tokenizer(spec),
+    )
+    if spec.use_lora:
+        load_adapter(model, POLICY_ADAPTER, stored)
+        if stored is not None and stored.adapter and output == "logps":
+            with drawing_from(seed, "reference_adapter"):  # overwritten at once
+                model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[POLICY_ADAPTER]))
+            load_adapter(model, REFERENCE_ADAPTER, stored)
+            for name, parameter in model.named_parameters():
+                if f".{REFERENCE_ADAPTER}." in name:
+                    parameter.requires_grad_(False)
+    return model.train()
+
+
+def build_reference(
+    spec: ModelSpec,
+    *,
+    archive: str | None = None,
+    seed: int = 0,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> nn.Module:
+    """A frozen causal LM with the weights a policy starts from, in ``spec.reference_dtype``.
+
+    LoRA policies need none: their reference is themselves with the adapter off (``reference.AdapterOffReference``).
+    """
+    model, stored = _assemble(
+        spec,
+        archive=archive,
+        output="logps",
+        dim=None,
+        seed=seed,
+        device=device,
+        dtype=dtype or DTYPES[spec.reference_dtype],
+        tokenizer=tokenizer or load_tokenizer(spec),
+    )
+    if spec.use_lora:
+        load_adapter(model, POLICY_ADAPTER, stored)
+    return model.requires_grad_(False).eval()
+
+
+def _assemble(
+    spec: ModelSpec,
+    *,
+    archive: str | None,
+    output: Output,
+    dim: int | None,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[nn.Module, Archive | None]:
+    """(model on ``device`` with base weights loaded and a fresh adapter if the spec wants one, the archive)."""
+    if (dim is not None) != (output == "embedding"):
+        raise ValueError(f"output={output!r} with dim={dim}: embeddings, and only they, need a dimension")
+    stored = archives.read(archive) if archive is not None else None
+    if stored is not None and stored.adapter and not spec.use_lora:
+        raise UserError(
+            f"model.archive={archive}: is a LoRA adapter; set model.use_lora=true with its rank, alpha and targets, or give "
+            "the merged model"
+        )
+    num_labels = None if output == "logps" else (dim or 1)
+    if spec.config is not None:
+        model = _from_seed(spec, num_labels, tokenizer)
+    else:
+        model = _from_pretrained(spec, num_labels, dtype, device)
+    _check_vocabulary(model.get_input_embeddings().weight.shape[0], tokenizer, spec)
+    # Hugging Face's embedding gives its padding row no gradient, and EOS may be what pads; masks do all we need
+    model.get_input_embeddings().padding_idx = None
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and spec.quantization is None:
+            parameter.data = parameter.data.to(dtype)  # not buffers: rotary frequencies stay in float32
+    if num_labels is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        _draw_head(getattr(model, HEAD), model.config.initializer_range, seed)
+    if stored is not None:
+        _check_archived_tokenizer(stored, tokenizer)
+        _load_base(model, stored, spec, HEAD if num_labels is not None else None)
+    if spec.quantization is None:
+        model.to(device)
+    if spec.use_lora:
+        model = with_lora(
+            model, spec, stored, archive, seed, "CAUSAL_LM" if num_labels is None else "SEQ_CLS"
+        )
+    if dtype in (torch.bfloat16, torch.float16) and any(
+        p.dtype == dtype and p.requires_grad for p in model.parameters()
+    ):
+        log.warning(
+            "trained weights are kept in %s: steps smaller than its rounding are lost; prefer model.policy_dtype=float32 "
+            "with precision=bf16",
+            dtype,
+        )
+    return model, stored
+
+
+def _prepare_config(config: PreTrainedConfig, num_labels: int | None) -> PreTrainedConfig:
+    """Dropout 0, and the width of a classifier's head."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and re.search(r"dropout|_pdrop$", key):
+            setattr(config, key, 0.0)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    return config
+
+
+def _from_seed(spec: ModelSpec, num_labels: int | None, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """Built from ``spec.config`` with weights drawn in float32 from the stream (init_seed, "model_init")."""
+    values = dict(spec.config)
+    model_type = values.pop("model_type")
+    values.setdefault("vocab_size", _num_ids(tokenizer))
+    _check_vocabulary(values["vocab_size"], tokenizer, spec)
+    ids = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos")}
+    try:
+        config = AutoConfig.for_model(model_type, **{**ids, **values})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.config: {first_line(error)}") from error
+    known = set(type(config)().to_dict()) | set(config.attribute_map)
+    if unknown := sorted(set(values) - known):
+        raise UserError(
+            f"model.config.{unknown[0]}={values[unknown[0]]}: no such key for model_type={model_type}"
+        )
+    cls = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    with drawing_from(spec.init_seed, "model_init"):
+        return cls.from_config(
+            _prepare_config(config, num_labels),
+            dtype=torch.float32,
+            attn_implementation=spec.attn_implementation,
+        )
+
+
+def _from_pretrained(
+    spec: ModelSpec,
+    num_labels: int | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> nn.Module:
+    name = _local(spec.name_or_path)
+    cls = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    hub = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    extra: dict[str, Any] = _nf4(device) if spec.quantization == "nf4" else {}
+    try:
+        config = _prepare_config(AutoConfig.from_pretrained(name, **hub), num_labels)
+        with drawing_from(0, "unused"):  # a missing head is drawn there, and drawn again by us
+            model, info = _safetensors_first(
+                cls,
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=spec.attn_implementation,
+                **hub,
+                **extra,
+            )
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"model.name_or_path={spec.name_or_path}: cannot be loaded ({first_line(error)})"
+        ) from error
+    missing = [k for k in info["missing_keys"] if num_labels is None or not k.startswith(HEAD + ".")]
+    if missing:
+        raise UserError(
+            f"model.name_or_path={spec.name_or_path}: weights are missing there: {', '.join(sorted(missing)[:4])}"
+        )
+    return model
+
+
+def _safetensors_first(cls: type, name: str, **kwargs: Any) -> tuple[nn.Module, Mapping[str, Any]]:
+    """safetensors where the repository has them; else .bin files, read by torch.load(weights_only=True)."""
+    try:
+        return cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
+    except OSError:
+        loaded = cls.from_pretrained(
+            name, use_safetensors=False, weights_only=True, output_loading_info=True, **kwargs
+        )
+        log.info("%s has no safetensors files: read its .bin files (weights only, no code)", name)
+        return loaded
+
+
+def _nf4(device: torch.device | str) -> dict[str, Any]:
+    """Arguments that load 4-bit NormalFloat weights with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
+    lacking = [p for p in ("bitsandbytes", "accelerate") if importlib.util.find_spec(p) is None]
+    if torch.device(device).type != "cuda" or lacking:
+        raise UserError(
+            f"model.quantization=nf4: needs a CUDA device (device={device}) and the packages bitsandbytes and accelerate"
+            f"{' (missing: ' + ', '.join(lacking) + ')' if lacking else ''}; use model.quantization=null"
+        )
+    from transformers import BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantised, "device_map": {"": device}}
+
+
+def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
+    ids = _num_ids(tokenizer)
+    if ids > rows:
+        raise UserError(
+            f"model.tokenizer_name_or_path={spec.tokenizer_name_or_path or spec.name_or_path}: the tokenizer has {ids} tokens "
+            f"but the model's embedding only {rows}; give the model's own tokenizer, or a model with a larger vocabulary"
+        )
+
+
+def _check_archived_tokenizer(stored: Archive, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Equal sizes hide another vocabulary: compare with the tokenizer kept beside the weights, if any."""
+    folder = stored.path if stored.path.is_dir() else stored.path.parent
+    if not (folder / "tokenizer.json").is_file():
+        return
+    theirs, ours = AutoTokenizer.from_pretrained(str(folder)).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        token, number = sorted(set(theirs.items()) ^ set(ours.items()), key=lambda item: (item[1], item[0]))[
+            0
+        ]
+        raise UserError(
+            f"model.archive={stored.path}: was trained with another tokenizer ({len(theirs)} tokens there, {len(ours)} here; "
+            f"first difference: {token!r} = {number}); set model.tokenizer_name_or_path={folder}"
+        )
+
+
+def _draw_head(head: nn.Module, std: float, seed: int) -> None:
+    """Normal(0, std^2) weights from the stream (seed, "head"); a bias, if any, starts at 0."""
+    draws = stream(seed, "head").normal(0.0, std, tuple(head.weight.shape))
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(draws))
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def _load_base(model: nn.Module, stored: Archive, spec: ModelSpec, head: str | None) -> None:
+    """Whole-model weights of the archive, or of the archive that an archived adapter was trained on."""
+    if spec.quantization is not None:
+        if stored.base and not stored.adapter:
+            raise UserError(
+                f"model.archive={stored.path}: whole-model weights cannot be loaded into a 4-bit model; give them as "
+                "model.name_or_path (a Hugging Face directory), or set model.quantization=null"
+            )
+        return
+    if stored.base:
+        archives.load_base(model, stored, head=head)
+    facts = stored.base_facts
+    if facts is None:
+        return
+    if facts["archive"] is not None:
+        log.info("%s was trained on %s: loading that first", stored.path, facts["archive"])
+        _load_base(model, archives.read(facts["archive"]), spec, head)
+    if facts["weights"] is None or head is not None or facts["dtype"] != str(model.dtype):
+        log.info("%s: its base weights are not compared (dtype, head or quantisation differ)", stored.path)
+    elif (found := weights_hash(model)) != facts["weights"]:
+        raise UserError(
+            f"model.archive={stored.path}: this LoRA adapter was trained on other base weights (sha256 "
+            f"{facts['weights'][:12]}, {facts['name']}) than model={spec.name} has ({found[:12]}); use the same model "
+            "(name_or_path, revision, init_seed)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- after building
+
+
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """Recompute each block in the backward pass: less memory, one more forward. Acts while ``model.training``."""
+    base = model.get_base_model() if is_peft(model) else model
+    if not base.supports_gradient_checkpointing:
+        raise UserError(f"activation_checkpointing=true: {type(base).__name__} does not support it")
+    base.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def restore(model: nn.Module, path: Path | str) -> None:
+    """Put back what ``save_model`` wrote, bit for bit, into a model built with the same spec and archive. Strict.
+
+    For resuming: of a LoRA model only the trained adapter changes, its base and reference adapter stay. Call it before the
+    model is sharded.
+    """
+    stored = archives.read(str(path))
+    if is_peft(model):
+        archives.load_adapter(model, stored, POLICY_ADAPTER)
+    else:
+        archives.load_base(model, stored)
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path | str,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """An ordinary Hugging Face directory: weights (safetensors), configuration, tokenizer. Weights are kept bit for bit.
+
+    LoRA: the trained adapter alone (adapter_config.json, adapter_model.safetensors), and lora_base.json, which says what it
+    was trained on so that loading it on other weights is refused.
+
+    state: gathered parameters of a sharded model, by the names of ``model.named_parameters()``.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = None if state is None else dict(state)
+    if is_peft(model):
+        model.save_pretrained(
+            str(path), selected_adapters=[POLICY_ADAPTER], save_embedding_layers=False, state_dict=state
+        )
+        write_atomic(path / archives.BASE_FILE, json.dumps(model.lora_base, indent=1) + "\n")
+    else:
+        model.save_pretrained(str(path), state_dict=state)
+    tokenizer.save_pretrained(str(path))
+
+
+def merge_lora(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path | str, *, tolerance: float = 1e-3
+) -> float:
+    """Write the model with its trained adapter folded into the weights, in float32, as a Hugging Face directory.
+
+    Before anything is written the merged and the unmerged model, both in float32, score the same ids; returns the largest
+    difference of their log-probs in nats, raises UserError past ``tolerance``. ``model`` itself is left as it was.
+    """
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise UserError(
+            f"{path}: a 4-bit model cannot be merged exactly; load its adapter with model.quantization=null and merge that"
+        )
+    merged, gap = folded(model)
+    if not gap <= tolerance:
+        raise UserError(
+            f"{path}: merging the LoRA adapter changes log-probs by {gap:.2e} nats (tolerance {tolerance:g}); nothing was "
+            "written, use the adapter itself"
+        )
+    save_model(merged, tokenizer, path)
+    log.info("merged LoRA adapter written to %s (largest log-prob difference %.1e nats)", path, gap)
+    return gap
