@@ -188,9 +188,9 @@ def test_chat_template_from_a_file_or_from_text(tmp_path):
 
 
 def test_a_missing_tokenizer_or_model_is_an_error_with_its_key():
-    with pytest.raises(UserError, match="model.tokenizer_name_or_path=/no/such"):
+    with pytest.raises(UserError, match=r"model.tokenizer_name_or_path=/no/such"):
         load_tokenizer(make_spec(tokenizer_name_or_path="/no/such"))
-    with pytest.raises(UserError, match="model.name_or_path=/no/such"):
+    with pytest.raises(UserError, match=r"model.name_or_path=/no/such"):
         policy(make_spec(None, name_or_path="/no/such"))
 
 
@@ -431,7 +431,7 @@ def test_code_that_a_model_directory_ships_is_not_run(tmp_path, tokenizer):
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": auto}))
-    with pytest.raises(UserError, match="model.name_or_path"):
+    with pytest.raises(UserError, match=r"model.name_or_path"):
         policy(make_spec(None, name_or_path=str(folder), tokenizer_name_or_path="assets/tokenizer"))
     assert not (tmp_path / "ran").exists()
 
@@ -522,7 +522,7 @@ def test_adapters_keep_the_policys_float64():
 def test_only_the_named_modules_get_an_adapter_and_an_unknown_name_is_an_error():
     model = policy(lora(lora_target_modules=["q_proj"]))
     assert all("q_proj" in n for n, p in model.named_parameters() if p.requires_grad)
-    with pytest.raises(UserError, match="model.lora_target_modules=\\['nope'\\]"):
+    with pytest.raises(UserError, match=r"model.lora_target_modules=\['nope'\]"):
         policy(lora(lora_target_modules=["nope"]))
 
 
@@ -568,7 +568,7 @@ def test_a_state_dict_of_a_peft_model_loads_like_its_adapter(tmp_path):
     assert torch.equal(logits(policy(lora(init_seed=9), tmp_path / "old.pt")), logits(sft))
     quantised = {"base_model.model.model.layers.0.mlp.up_proj.base_layer.weight.absmax": torch.zeros(1)}
     torch.save({"step_idx": 1, "state": state | quantised, "metrics": []}, tmp_path / "nf4.pt")
-    with pytest.raises(UserError, match="model.quantization=nf4"):
+    with pytest.raises(UserError, match=r"model.quantization=nf4"):
         policy(lora(), tmp_path / "nf4.pt")
 
 
@@ -597,7 +597,7 @@ def test_an_adapter_on_other_base_weights_or_settings_is_refused(tmp_path, token
         policy(make_spec(use_lora=True, lora_rank=2, lora_alpha=8), tmp_path)
     with pytest.raises(UserError, match="not in the model"):
         policy(lora(lora_target_modules=["q_proj"]), tmp_path)
-    with pytest.raises(UserError, match="model.use_lora=true"):
+    with pytest.raises(UserError, match=r"model.use_lora=true"):
         policy(make_spec(), tmp_path)
 
 
