@@ -1,0 +1,429 @@
+"""The kinds of panels a figure is made of. Each draws on one axes and says what it drew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from engine.stats import wilson_bounds
+from plot_scripts.aggregate import LEVEL, Bar, Curve, absent_warning, bar, curve, ends_warning
+from plot_scripts.canvas import INK, PALE, WARN, Look
+from plot_scripts.load import Loaded
+from utils import UserError, did_you_mean
+
+MOST_BANDS = 4  # curves of a panel that are drawn with bands; more get their last interval only
+SHORT = {"": "all", "worst_group": "worst", "mean_group": "mean"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel as a figure's YAML describes it.
+
+    kind      curves (metric against examples) | bars (first, last or mean value) | path (metric against x_metric as training goes)
+              | xy (columns of a CSV) | reliability (predicted against observed probability, from a CSV or JSON)
+    split     comma-separated: the first in which the metric was logged
+    group     "" (all examples) | worst_group | mean_group | group_<name> | * (each group); bars take a comma-separated list
+    bins      curves: average over so many equal stretches of examples (for what is logged every step)
+    lines     reference lines: {label: value} or {label: {group name: value}}
+    optional  leave the panel out when no run logged the metric
+    x, y, series, low, high   xy: column names; reliability: x is the prediction, y the outcome, series the method
+    """
+
+    kind: Literal["curves", "bars", "path", "xy", "reliability"]
+    title: str = ""
+    metric: str = ""
+    x_metric: str = ""
+    split: str = "eval,test"
+    group: str = ""
+    at: Literal["first", "last", "mean"] = "last"
+    bins: int | None = None
+    xlabel: str = ""
+    ylabel: str = ""
+    ylim: list[float | None] | None = None
+    yscale: Literal["linear", "log"] = "linear"
+    xscale: Literal["linear", "log"] = "linear"
+    lines: dict[str, Any] = field(default_factory=dict)
+    optional: bool = False
+    x: str = ""
+    y: str = ""
+    series: str = ""
+    low: str = ""
+    high: str = ""
+
+
+@dataclass
+class Drawn:
+    """What a panel drew: rows for the CSV, who is in it, and what has to be said."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    methods: dict[str, int] = field(default_factory=dict)  # method -> n
+    warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    intervals: set[str] = field(default_factory=set)
+
+    def add(self, panel: str, kind: str, method: str, group: str, **values: Any) -> None:
+        row = {"panel": panel, "kind": kind, "method": method, "group": group, **values}
+        self.rows.append({k: v for k, v in row.items() if v is not None})
+
+    def saw(self, method: str, n: int) -> None:
+        self.methods[method] = max(n, self.methods.get(method, 0))
+
+
+def group_label(group: str) -> str:
+    return SHORT.get(group, group.removeprefix("group_"))
+
+
+def thousands(value: float, _: object = None) -> str:
+    """12000 -> 12k."""
+    for size, mark in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{mark}"
+    return f"{value:g}"
+
+
+# ---------------------------------------------------------------------------------------------- metric against examples
+
+
+def draw_curves(
+    ax: Axes,
+    panel: Panel,
+    loaded: Loaded,
+    methods: Mapping[str, Look],
+    groups: Mapping[str, Look],
+    carry: bool,
+) -> Drawn:
+    drawn = Drawn()
+    split = loaded.first_split(panel.split, panel.metric, panel.group)
+    names = loaded.groups(split, panel.metric) if panel.group == "*" else [panel.group]
+    curves = [
+        c
+        for m in methods
+        for g in names
+        if (c := curve(loaded, m, split, panel.metric, g, panel.bins, carry)) is not None
+    ]
+    for number, c in enumerate(curves):
+        colour = groups[c.group].colour if panel.group == "*" else methods[c.method].colour
+        _draw_curve(ax, c, colour, methods[c.method].dash)
+        if len(curves) <= MOST_BANDS:
+            _draw_band(ax, c, colour)
+        else:
+            _draw_last_interval(ax, c, colour, number + 1)
+        drawn.saw(c.method, len(c.seeds))
+        drawn.intervals.add(c.interval)
+        for i, x in enumerate(c.x):
+            band = {"low": c.low[i], "high": c.high[i]}
+            drawn.add(panel.title, "mean", c.method, c.group, x=x, y=c.mean[i], n=int(c.n[i]), **band)
+        for run, seed, xs, ys in c.seeds:
+            for x, y in zip(xs, ys, strict=True):
+                drawn.add(panel.title, "run", c.method, c.group, run=run, seed=seed, x=x, y=y)
+    drawn.warnings += ends_warning(_one_per_method(curves))
+    drawn.warnings += absent_warning(loaded, drawn.methods, f"{split}/{panel.metric}")
+    drawn.facts = {
+        "split": split,
+        "curves": [
+            {"method": c.method, "group": c.group, "n": len(c.seeds), "interval": c.interval}
+            | {"ends_early": dict(c.ends), "carried": c.carried, "runs": [r for r, *_ in c.seeds]}
+            for c in curves
+        ],
+    }
+    _reference_lines(ax, panel, groups)
+    _limits(ax, panel, [y for c in curves for *_, y in c.seeds], [b for c in curves for b in (c.low, c.high)])
+    ax.xaxis.set_major_formatter(FuncFormatter(thousands))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.set_xlabel(panel.xlabel or "examples")
+    return drawn
+
+
+def _draw_curve(ax: Axes, c: Curve, colour: str, dash: Any) -> None:
+    few = len(c.x) <= 12
+    ax.plot(c.x, c.mean, color=colour, linestyle=dash, marker="o" if few else None, markersize=2.2)
+    for _, x in c.ends:
+        ax.plot(
+            [x],
+            [np.interp(x, c.x, c.mean)],
+            color=colour,
+            marker="x" if c.carried else "|",
+            markersize=6,
+            mew=1.2,
+        )
+
+
+def _draw_band(ax: Axes, c: Curve, colour: str) -> None:
+    band = np.isfinite(c.low) & np.isfinite(c.high)
+    if band.any():
+        ax.fill_between(c.x, c.low, c.high, where=band, color=colour, alpha=0.16, linewidth=0)
+
+
+def _draw_last_interval(ax: Axes, c: Curve, colour: str, shift: int) -> None:
+    """The last interval as a bar beside the curve's end: many bands over each other cannot be read."""
+    at = np.flatnonzero(np.isfinite(c.low) & np.isfinite(c.high))
+    if len(at):
+        x = c.x[at[-1]] + shift * 0.01 * (c.x[-1] - c.x[0])
+        ax.plot([x, x], [c.low[at[-1]], c.high[at[-1]]], color=colour, linewidth=1.0, alpha=0.9)
+
+
+def _one_per_method(curves: Sequence[Curve]) -> list[Curve]:
+    return list({c.method: c for c in reversed(curves)}.values())[::-1]
+
+
+def draw_path(
+    ax: Axes,
+    panel: Panel,
+    loaded: Loaded,
+    methods: Mapping[str, Look],
+    groups: Mapping[str, Look],
+    carry: bool,
+) -> Drawn:
+    """Mean of one metric against the mean of another; hollow mark: first evaluation, full mark: last."""
+    drawn = Drawn()
+    split = loaded.first_split(panel.split, panel.metric, panel.group)
+    for method, look in methods.items():
+        xs, ys = (
+            curve(loaded, method, split, m, panel.group, panel.bins, carry)
+            for m in (panel.x_metric, panel.metric)
+        )
+        if xs is None or ys is None:
+            continue
+        at = np.intersect1d(xs.x, ys.x)
+        x, y = (c.mean[np.isin(c.x, at)] for c in (xs, ys))
+        ax.plot(x, y, color=look.colour, linestyle=look.dash)
+        ax.plot(
+            x[:1], y[:1], color=look.colour, marker=look.marker, mfc="white", markersize=5, linestyle="none"
+        )
+        ax.plot(x[-1:], y[-1:], color=look.colour, marker=look.marker, markersize=5, linestyle="none")
+        drawn.saw(method, len(ys.seeds))
+        for a, b, n in zip(x, y, ys.n[np.isin(ys.x, at)], strict=True):
+            drawn.add(panel.title, "mean", method, panel.group, x=a, y=b, n=int(n))
+    drawn.facts = {"split": split, "hollow": "first evaluation", "full": "last evaluation"}
+    ax.margins(0.06)
+    ax.set_xlabel(panel.xlabel or panel.x_metric)
+    _reference_lines(ax, panel, groups)
+    _limits(ax, panel, [], [])
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------- bars
+
+
+def draw_bars(
+    ax: Axes,
+    panel: Panel,
+    loaded: Loaded,
+    methods: Mapping[str, Look],
+    groups: Mapping[str, Look],
+    carry: bool,
+) -> Drawn:
+    drawn = Drawn()
+    wanted = [g.strip() for g in panel.group.split(",")]
+    split = loaded.first_split(panel.split, panel.metric, "*" if "*" in wanted else wanted[0])
+    slots = [g for w in wanted for g in (loaded.groups(split, panel.metric) if w == "*" else [w])]
+    bars = {(m, g): bar(loaded, m, split, panel.metric, g, panel.at) for m in methods for g in slots}
+    slots = [g for g in slots if any(bars[m, g] for m in methods)]
+    present = [m for m in methods if any(bars[m, g] for g in slots)]
+    width = 0.8 / max(len(present), 1)
+    for i, method in enumerate(present):
+        for j, group in enumerate(slots):
+            b = bars[method, group]
+            if b is not None:
+                _draw_bar(ax, b, j - 0.4 + (i + 0.5) * width, width, methods[method])
+                drawn.saw(method, b.n)
+                drawn.intervals.add(b.interval)
+                drawn.add(panel.title, "bar", method, group, x=j, y=b.mean, low=b.low, high=b.high, n=b.n)
+                for run, seed, x, y in b.seeds:
+                    drawn.add(panel.title, "run", method, group, run=run, seed=seed, x=x, y=y)
+    drawn.warnings += absent_warning(loaded, drawn.methods, f"{split}/{panel.metric}")
+    labels = [group_label(g) for g in slots]
+    room = ax.get_figure().get_size_inches()[0] / ax.get_subplotspec().get_gridspec().ncols - 0.8
+    crowded = sum(0.07 * len(label) + 0.12 for label in labels) > room
+    ax.set_xticks(
+        range(len(slots)), labels, rotation=30 if crowded else 0, ha="right" if crowded else "center"
+    )
+    ax.grid(visible=False, axis="x")
+    ax.set_xlim(-0.55, len(slots) - 0.45)
+    drawn.facts = {"split": split, "at": panel.at, "groups": slots}
+    for label, value in panel.lines.items():
+        _bar_reference(ax, label, value, slots)
+    shown = [b for b in bars.values() if b is not None]
+    _limits(ax, panel, [[b.mean] for b in shown] + [[0.0]], [[b.low, b.high] for b in shown])
+    return drawn
+
+
+def _draw_bar(ax: Axes, b: Bar, x: float, width: float, look: Look) -> None:
+    ax.bar(x, b.mean, width * 0.9, color=look.colour, alpha=0.75, linewidth=0)
+    if np.isfinite(b.low):
+        ax.plot([x, x], [b.low, b.high], color=INK, linewidth=1.0)
+    if len(b.seeds) > 1:
+        spread = np.linspace(-0.25, 0.25, len(b.seeds)) * width
+        ax.plot(x + spread, [y for *_, y in b.seeds], "o", color="white", mec=INK, mew=0.5, markersize=2.4)
+
+
+def _bar_reference(ax: Axes, label: str, value: Any, slots: Sequence[str]) -> None:
+    values = value if isinstance(value, Mapping) else {group_label(g): value for g in slots}
+    at = [(j, values[group_label(g)]) for j, g in enumerate(slots) if group_label(g) in values]
+    for j, y in at:
+        ax.plot([j - 0.46, j + 0.46], [y, y], color="black", linewidth=1.1, linestyle=(0, (2, 1)))
+    if at:
+        j, y = at[-1]
+        ax.annotate(
+            label,
+            (j + 0.46, y),
+            (0, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=6,
+            color=INK,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- from a file
+
+
+def draw_xy(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[str, Look]) -> Drawn:
+    """Lines through the rows of a CSV, one per value of ``series``, with a band where ``low`` and ``high`` name columns."""
+    drawn = Drawn()
+    _need_columns(panel, table, [c for c in (panel.x, panel.y, panel.series, panel.low, panel.high) if c])
+    for name, part in _series(panel, table):
+        part, look = part.sort_values(panel.x, kind="stable"), methods[name]
+        x, y = part[panel.x].to_numpy(np.float64), part[panel.y].to_numpy(np.float64)
+        ax.plot(x, y, color=look.colour, linestyle=look.dash, marker=look.marker)
+        low, high = (
+            part[c].to_numpy(np.float64) if c else np.full(len(x), np.nan) for c in (panel.low, panel.high)
+        )
+        if panel.low and panel.high:
+            ax.fill_between(x, low, high, color=look.colour, alpha=0.16, linewidth=0)
+        drawn.saw(name, 0)
+        for row in zip(x, y, low, high, strict=True):
+            drawn.add(panel.title, "mean", name, "", **dict(zip(("x", "y", "low", "high"), row, strict=True)))
+    ax.set_xlabel(panel.xlabel or panel.x)
+    _reference_lines(ax, panel, {})
+    _limits(ax, panel, [], [])
+    return drawn
+
+
+def draw_reliability(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[str, Look]) -> Drawn:
+    """Observed frequency against mean predicted probability in ten equally wide bins, with Wilson intervals.
+
+    The expected calibration error (mean of |observed - predicted| weighted by the bins' sizes) goes into the panel's corner.
+    """
+    drawn = Drawn()
+    _need_columns(panel, table, [c for c in (panel.x, panel.y, panel.series) if c])
+    ax.plot([0, 1], [0, 1], color=PALE, linewidth=0.8, linestyle=(0, (2, 2)))
+    notes = []
+    for name, part in _series(panel, table):
+        p, outcome = part[panel.x].to_numpy(np.float64), part[panel.y].to_numpy(np.float64)
+        if not ((p >= 0) & (p <= 1) & (outcome >= 0) & (outcome <= 1)).all():
+            raise UserError(
+                f"{panel.x}, {panel.y}: predictions and outcomes must be probabilities between 0 and 1"
+            )
+        index = np.minimum((p * 10).astype(int), 9)
+        n = np.bincount(index, minlength=10).astype(np.float64)
+        some = n > 0
+        predicted, observed = (
+            np.bincount(index, weights=v, minlength=10)[some] / n[some] for v in (p, outcome)
+        )
+        low, high = wilson_bounds(observed * n[some], n[some], LEVEL)
+        look = methods[name]
+        ax.errorbar(
+            predicted,
+            observed,
+            [observed - low, high - observed],
+            color=look.colour,
+            marker=look.marker,
+            linewidth=0.9,
+        )
+        error = float((np.abs(observed - predicted) * n[some]).sum() / n.sum())
+        notes.append(f"{name}: ECE {error:.3f}" if name else f"ECE {error:.3f}")
+        drawn.facts[name or "all"] = {"ece": error, "n": int(n.sum())}
+        drawn.saw(name, int(n.sum()))
+        drawn.intervals.add("bin")
+        for row in zip(predicted, observed, low, high, n[some], strict=True):
+            drawn.add(
+                panel.title, "bin", name, "", **dict(zip(("x", "y", "low", "high", "n"), row, strict=True))
+            )
+    ax.text(
+        0.97, 0.04, "\n".join(notes), ha="right", va="bottom", fontsize=6.5, color=INK, transform=ax.transAxes
+    )
+    ax.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        xlabel=panel.xlabel or "predicted",
+        ylabel=panel.ylabel or "observed",
+    )
+    return drawn
+
+
+def series_names(panel: Panel, table: pd.DataFrame) -> list[str]:
+    return [name for name, _ in _series(panel, table)]
+
+
+def _series(panel: Panel, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    if not panel.series or panel.series not in table.columns:
+        return [("", table)]
+    return [(str(name), part) for name, part in table.groupby(panel.series, sort=False)]
+
+
+def _need_columns(panel: Panel, table: pd.DataFrame, needed: Sequence[str]) -> None:
+    for name in needed:
+        if name not in table.columns:
+            known = list(table.columns)
+            raise UserError(
+                f"data: no column {name!r}{did_you_mean(name, known)}; columns: {', '.join(known)}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- axes
+
+
+def _reference_lines(ax: Axes, panel: Panel, groups: Mapping[str, Look]) -> None:
+    for label, value in panel.lines.items():
+        each = value if isinstance(value, Mapping) else {"": value}
+        for name, y in each.items():
+            look = groups.get(f"group_{name}")
+            ax.axhline(
+                y, color=look.colour if look else PALE, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1
+            )
+        top = max(each.values())
+        ax.annotate(
+            label, (0.995, top), (0, 1.5), xycoords=("axes fraction", "data"), textcoords="offset points",
+            ha="right", va="bottom", fontsize=6, color=INK,
+        )  # fmt: skip
+
+
+def _limits(ax: Axes, panel: Panel, values: Sequence, bands: Sequence) -> None:
+    """Limits from the data. A band may widen them by the data's own range at most: two seeds have bands 12.7 stderr wide."""
+    for axis, scale in (("x", panel.xscale), ("y", panel.yscale)):
+        if scale != "linear":
+            ax.set(**{f"{axis}scale": scale})
+    ax.set_ylabel(panel.ylabel)
+    ax.set_title(panel.title)
+    flat = np.concatenate([np.asarray(v, np.float64).ravel() for v in values]) if values else np.empty(0)
+    flat = flat[np.isfinite(flat)]
+    if len(flat) and panel.yscale == "linear":
+        references = [
+            y for v in panel.lines.values() for y in (v.values() if isinstance(v, Mapping) else [v])
+        ]
+        low, high = min([flat.min(), *references]), max([flat.max(), *references])
+        spread = (high - low) or max(abs(high), 1e-12)
+        edges = np.concatenate([np.asarray(b, np.float64).ravel() for b in bands]) if bands else np.empty(0)
+        edges = edges[np.isfinite(edges)]
+        if len(edges):
+            low, high = max(min(low, edges.min()), low - spread), min(max(high, edges.max()), high + spread)
+        pad = 0.05 * (high - low or spread)
+        is_bars = panel.kind == "bars"
+        ax.set_ylim(0.0 if is_bars and low >= 0 else low - pad, 0.0 if is_bars and high <= 0 else high + pad)
+    if panel.ylim is not None:
+        ax.set_ylim(*panel.ylim)
+        bottom = ax.get_ylim()[0]
+        if panel.kind == "bars" and bottom > 0:
+            ax.text(0.01, 0.01, f"axis starts at {bottom:g}", transform=ax.transAxes, fontsize=6, color=WARN)
+
+
+RUN_KINDS: dict[str, Callable[..., Drawn]] = {"curves": draw_curves, "bars": draw_bars, "path": draw_path}
+FILE_KINDS: dict[str, Callable[..., Drawn]] = {"xy": draw_xy, "reliability": draw_reliability}

@@ -1,0 +1,558 @@
+"""Figures from synthetic runs with known curves: the numbers drawn, the warnings, the files."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from engine.metric_names import older_names
+from engine.stats import wilson
+from plot_scripts import canvas, load, plot_from_wandb_full_metrics, plot_from_wandb_paper_plots
+from plot_scripts.aggregate import bar, curve
+from plot_scripts.draw import FIGURES, Figure, compose, draw_figure, read_figure
+from plot_scripts.make_figures import main as make_figures
+from plot_scripts.panels import Panel, draw_curves
+from plot_scripts.quickstart import quickstart_figure
+from plot_scripts.sources import run as run_command
+from tests.synthetic_runs import GROUPS, FakeApi, loss_at, make_run, share_at
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+LOSS = Figure([Panel(kind="curves", metric="loss", split="test", title="Loss")], columns=1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two methods with three seeds each."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1, 2):
+        make_run(root, "ipo", seed)
+        make_run(root, "gr_ipo", seed, offset=-0.3, weighting="group_robust")
+    return root
+
+
+def t_interval(values):
+    half = scipy_stats.t.ppf(0.975, len(values) - 1) * scipy_stats.sem(values)
+    return np.mean(values) - half, np.mean(values) + half
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("eval/loss", ("eval", "loss", "")),
+        ("test/rewards/accuracies/worst_group/ci_low", ("test", "rewards/accuracies/ci_low", "worst_group")),
+        ("eval/rewards/accuracies/group_a/b", ("eval", "rewards/accuracies", "group_a/b")),
+        ("eval/rewards/accuracies/group_x/ci_high", ("eval", "rewards/accuracies/ci_high", "group_x")),
+        ("eval/group_counts/group_x", ("eval", "group_counts", "group_x")),
+        ("train_eval/loss/mean_group", ("train_eval", "loss", "mean_group")),
+        ("train/weights/group_odd", ("train", "weights", "group_group_odd")),
+        ("grad_norm", ("train", "grad_norm", "")),
+    ],
+)
+def test_a_logged_name_is_taken_apart(name, parsed):
+    assert load.parse_key(name) == parsed
+
+
+def test_the_table_holds_every_number_of_the_run(runs):
+    loaded = load.load_directories([runs / "ipo_seed_2"])
+    x, y = loaded.series["ipo_seed_2", "test", "loss", ""]
+    assert x.tolist() == [0, 100, 200, 300, 400, 500]
+    assert y == pytest.approx([loss_at(v, 2) for v in x])
+    assert list(loaded.table.columns) == load.COLUMNS
+    info = loaded.runs[0]
+    assert (info.method, info.seed, info.commits, info.finished) == ("ipo", 2, ("a" * 40,), True)
+
+
+def test_worst_and_mean_over_groups_are_added_where_a_run_did_not_log_them(runs):
+    loaded = load.load_directories([runs / "ipo_seed_1"])
+    for metric, group, value in (
+        ("loss", "worst_group", loss_at(300, 1) + 0.2),
+        ("rewards/accuracies", "worst_group", share_at(300, 1, 1)),
+        ("rewards/accuracies", "mean_group", (share_at(300, 1, 0) + share_at(300, 1, 1)) / 2),
+    ):
+        x, y = loaded.series["ipo_seed_1", "test", metric, group]
+        assert y[x == 300] == pytest.approx([value])
+    assert not loaded.has("test", "rewards/chosen", "worst_group")
+
+
+def test_a_torn_last_line_is_left_out_and_a_bad_line_is_named(tmp_path):
+    folder = make_run(tmp_path, "dpo", 0)
+    path = folder / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "eval", "exam')
+    assert len(load.read_rows(path)) == whole.count("\n")
+    path.write_text("not json\n" + whole)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a JSON object"):
+        load.load_directories([folder])
+
+
+def test_of_a_value_written_twice_the_last_counts_and_what_is_not_finite_is_noted(tmp_path):
+    folder = make_run(tmp_path, "dpo", 0)
+    again = {
+        "kind": "eval",
+        "split": "test",
+        "step": 50,
+        "examples": 500,
+        "test/loss": 0.125,
+        "test/rewards/margins": float("nan"),
+    }
+    with (folder / "metrics.jsonl").open("a") as handle:
+        handle.write(json.dumps(again) + "\n")
+    loaded = load.load_directories([folder])
+    assert loaded.series["dpo_seed_0", "test", "loss", ""][1][-1] == 0.125
+    assert any("1 values are not finite" in note for note in loaded.notes)
+
+
+def test_runs_are_found_under_folders_and_by_pattern_and_mistakes_are_named(runs):
+    assert len(load.find_runs([runs])) == 6
+    assert [p.name for p in load.find_runs([str(runs / "gr_*")])] == [f"gr_ipo_seed_{s}" for s in (0, 1, 2)]
+    with pytest.raises(UserError, match=r"nothing\.here: no metrics\.jsonl"):
+        load.find_runs([runs / "nothing.here"])
+    with pytest.raises(UserError, match=r"by=loss\.nam.*did you mean 'loss\.name'"):
+        load.load_directories([runs], by=["loss.nam"])
+    with pytest.raises(UserError, match="no method 'gr_ip'; did you mean 'gr_ipo'"):
+        load.load_directories([runs], labels={"gr_ip": "GR"})
+
+
+def test_methods_are_named_by_any_config_key(tmp_path):
+    make_run(tmp_path, "dpo", 0, lr=1e-4, name="a")
+    make_run(tmp_path, "dpo", 0, lr=3e-4, name="b", weighting="group_robust")
+    assert load.load_directories([tmp_path], by=["loss.name", "lr"]).methods == [
+        "dpo, lr=0.0001",
+        "dpo, lr=0.0003",
+    ]
+    assert load.load_directories([tmp_path]).methods == ["dpo", "dpo+group_robust"]
+    assert load.load_directories([tmp_path], labels={"dpo": "DPO"}).methods == ["DPO", "dpo+group_robust"]
+
+
+def test_only_the_loader_imports_wandb():
+    importing = [
+        path.name
+        for path in (ROOT / "plot_scripts").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "wandb" for a in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wandb"))
+    ]
+    assert importing == ["load.py"]
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def test_the_curve_is_the_mean_and_t_interval_over_seeds(runs):
+    got = curve(load.load_directories([runs]), "ipo", "test", "loss")
+    for i, x in enumerate(range(0, 501, 100)):
+        values = [loss_at(x, seed) for seed in (0, 1, 2)]
+        assert (got.x[i], got.mean[i], got.n[i]) == pytest.approx((x, np.mean(values), 3))
+        assert (got.low[i], got.high[i]) == pytest.approx(t_interval(values))
+    assert got.interval == "seeds"
+
+
+def test_the_drawn_line_and_the_csv_are_the_known_means(runs, tmp_path):
+    loaded = load.load_directories([runs])
+    with canvas.styled():
+        _, (ax,) = canvas.new_figure(1, 1)
+        looks = canvas.looks(loaded.methods)
+        draw_curves(ax, LOSS.panels[0], loaded, looks, {}, False)
+    means = {
+        m: [np.mean([loss_at(x, s, o) for s in (0, 1, 2)]) for x in range(0, 501, 100)]
+        for m, o in (("ipo", 0), ("gr_ipo", -0.3))
+    }
+    for line, method in zip(ax.lines, loaded.methods, strict=True):
+        assert line.get_color() == looks[method].colour
+        assert line.get_ydata() == pytest.approx(means[method])
+    table = pd.read_csv(draw_figure(LOSS, "loss", tmp_path, loaded)[2])
+    drawn = table[(table["kind"] == "mean") & (table["method"] == "ipo")]
+    assert drawn["y"].to_numpy() == pytest.approx(means["ipo"])
+    assert drawn["low"].iloc[0] == pytest.approx(t_interval([loss_at(0, s) for s in (0, 1, 2)])[0])
+    one = table[(table["kind"] == "run") & (table["run"] == "ipo_seed_2")]
+    assert one["y"].to_numpy() == pytest.approx([loss_at(x, 2) for x in range(0, 501, 100)])
+    assert set(one["seed"]) == {2}
+
+
+def test_seeds_measured_at_other_places_are_interpolated_inside_their_range_only(tmp_path):
+    make_run(tmp_path, "dpo", 0)
+    folder = make_run(tmp_path, "dpo", 1)
+    rows = [r for r in load.read_rows(folder / "metrics.jsonl") if r["examples"] not in (0, 200)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    got = curve(load.load_directories([tmp_path]), "dpo", "test", "loss")
+    assert got.n.tolist() == [1, 2, 2, 2, 2, 2]
+    assert got.mean[0] == pytest.approx(loss_at(0, 0))
+    assert got.mean[2] == pytest.approx(
+        (loss_at(200, 0) + loss_at(200, 1)) / 2
+    )  # the loss is linear in examples
+    assert np.isnan(got.low[0])
+
+
+def test_a_stopped_run_ends_or_is_carried_and_the_json_says_which(runs, tmp_path):
+    make_run(tmp_path, "dpo", 0, last=300)
+    make_run(tmp_path, "dpo", 1)
+    loaded = load.load_directories([tmp_path])
+    ended, carried = (curve(loaded, "dpo", "test", "loss", carry=c) for c in (False, True))
+    assert ended.n.tolist() == [2, 2, 2, 2, 1, 1]
+    assert ended.mean[-1] == pytest.approx(loss_at(500, 1))
+    assert carried.n.tolist() == [2] * 6
+    assert carried.mean[-1] == pytest.approx((loss_at(300, 0) + loss_at(500, 1)) / 2)
+    for carry, says in (
+        (False, "their lines end there (marked |)"),
+        (True, "carried on at their last value (marked x)"),
+    ):
+        with canvas.styled():
+            sheet = compose(Figure(LOSS.panels, columns=1, carry=carry), loaded)
+        assert sheet.provenance["carry"] is carry
+        assert sheet.provenance["panels"][0]["curves"][0]["ends_early"] == {"dpo_seed_0": 300.0}
+        assert sheet.provenance["panels"][0]["curves"][0]["carried"] is carry
+        assert any(
+            "dpo_seed_0 at 300 of 500 examples" in w and says in w for w in sheet.provenance["warnings"]
+        )
+        marks = {line.get_marker() for line in sheet.figure.axes[0].lines}
+        assert ("x" if carry else "|") in marks
+
+
+def test_one_run_shows_the_interval_over_its_examples(runs):
+    loaded = load.load_directories([runs / "ipo_seed_1"])
+    got = curve(loaded, "ipo", "test", "rewards/accuracies", "group_south")
+    exact = wilson(share_at(500, 1, 1) * 40, 40)
+    assert got.interval == "run"
+    assert (got.low[-1], got.high[-1]) == pytest.approx((exact.low, exact.high))
+    last = bar(loaded, "ipo", "test", "rewards/accuracies", "group_south")
+    assert (last.mean, last.low, last.high) == pytest.approx((exact.estimate, exact.low, exact.high))
+    assert curve(loaded, "ipo", "test", "loss").interval == "none"
+
+
+def test_one_run_prefers_the_bounds_that_it_recorded(tmp_path):
+    folder = make_run(tmp_path, "dpo", 0)
+    rows = load.read_rows(folder / "metrics.jsonl")
+    rows[-1] |= {
+        "test/rewards/accuracies/worst_group/ci_low": 0.21,
+        "test/rewards/accuracies/worst_group/ci_high": 0.84,
+    }
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    got = bar(load.load_directories([folder]), "dpo", "test", "rewards/accuracies", "worst_group")
+    assert (got.low, got.high, got.interval) == (0.21, 0.84, "run")
+
+
+def test_bars_take_the_first_last_or_mean_value_of_each_run(runs):
+    loaded = load.load_directories([runs])
+    for at, value in (("first", 0), ("last", 500), ("mean", 250)):
+        got = bar(loaded, "gr_ipo", "test", "loss", at=at)
+        values = [loss_at(value, seed, -0.3) for seed in (0, 1, 2)]
+        assert got.mean == pytest.approx(np.mean(values))
+        assert (got.low, got.high) == pytest.approx(t_interval(values))
+
+
+def test_what_is_logged_every_step_is_averaged_over_equal_stretches(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = [{"kind": "train", "step": i, "examples": 10 * i, "train/loss": float(i)} for i in range(1, 101)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    got = curve(load.load_directories([folder]), "run", "train", "loss", bins=10)
+    assert got.x.tolist() == [100 * i for i in range(1, 11)]
+    assert got.mean == pytest.approx([5.5 + 10 * i for i in range(10)])
+
+
+def test_calibration_is_binned_with_its_expected_error(tmp_path):
+    table = pd.DataFrame(
+        {"p": [0.12, 0.18, 0.15, 0.15, 0.9, 0.9], "y": [0, 1, 0, 0, 1, 0], "method": "scorer"}
+    )
+    table.to_csv(tmp_path / "c.csv", index=False)
+    written = make_figures([f"data={tmp_path / 'c.csv'}", "figure=calibration", f"out={tmp_path}"])
+    drawn = pd.read_csv(written[2])
+    assert drawn["x"].tolist() == pytest.approx([0.15, 0.9])
+    assert drawn["y"].tolist() == pytest.approx([0.25, 0.5])
+    assert drawn["low"].iloc[0] == pytest.approx(wilson(1, 4).low)
+    facts = json.loads(written[3].read_text())
+    assert facts["panels"][0]["scorer"]["ece"] == pytest.approx((4 * 0.1 + 2 * 0.4) / 6)
+
+
+def test_a_csv_is_drawn_as_it_is_and_missing_columns_are_named(tmp_path):
+    table = pd.DataFrame(
+        {
+            "n": [200, 100, 100, 200],
+            "method": ["b", "b", "a", "a"],
+            "variance": [1.0, 2.0, 3.0, 1.5],
+            "mse": [1.0] * 4,
+        }
+    )
+    table.to_csv(tmp_path / "v.csv", index=False)
+    written = make_figures([f"data={tmp_path / 'v.csv'}", "figure=vrpo_variance", f"out={tmp_path}"])
+    drawn = pd.read_csv(written[2])
+    assert drawn[(drawn["panel"] == "Variance") & (drawn["method"] == "b")][
+        ["x", "y"]
+    ].to_numpy().tolist() == [[100, 2], [200, 1]]
+    table.rename(columns={"mse": "msse"}).to_csv(tmp_path / "v.csv", index=False)
+    with pytest.raises(UserError, match="no column 'mse'; did you mean 'msse'"):
+        make_figures([f"data={tmp_path / 'v.csv'}", "figure=vrpo_variance", f"out={tmp_path}"])
+
+
+# ---------------------------------------------------------------------------------------------- warnings
+
+
+def warnings_and_text(loaded):
+    """The warnings of the JSON, and all text on the figure without its line breaks."""
+    with canvas.styled():
+        sheet = compose(LOSS, loaded)
+    return sheet.provenance["warnings"], " ".join(" ".join(t.get_text().split()) for t in sheet.figure.texts)
+
+
+def test_clean_runs_have_no_warning(runs):
+    assert warnings_and_text(load.load_directories([runs])) == (
+        [],
+        "method n: seeds; mean and 95 % t interval over seeds",
+    )
+
+
+def test_deleting_a_seed_puts_the_warning_on_the_figure(runs):
+    kept = [p for p in load.find_runs([runs]) if p.name != "gr_ipo_seed_1"]
+    warnings, text = warnings_and_text(load.load_directories(kept))
+    assert warnings == ["gr_ipo: no run with seed 1, which other methods have"]
+    assert "! gr_ipo: no run with seed 1, which other methods have" in text
+
+
+def test_mixed_configs_commits_seeds_and_unfinished_runs_are_told(tmp_path):
+    make_run(tmp_path, "dpo", 0)
+    make_run(tmp_path, "dpo", 1, lr=3e-4, commit="b" * 40)
+    make_run(tmp_path, "dpo", 1, name="again", dirty=True)
+    (tmp_path / "again" / "results.json").unlink()
+    warnings, text = warnings_and_text(load.load_directories([tmp_path]))
+    assert warnings == [
+        "dpo: more than one run with seed 1",
+        "dpo: configs differ in lr",
+        "runs come from 2 commits: aaaaaaa, bbbbbbb",
+        "not finished: again",
+        "1 of 3 runs had uncommitted changes",
+    ]
+    assert all(w in text for w in warnings)
+
+
+def test_runs_that_lack_the_metric_are_counted(runs, tmp_path):
+    empty = make_run(tmp_path, "ipo", 3)
+    (empty / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "examples": 10, "train/loss": 1.0}\n')
+    warnings, _ = warnings_and_text(load.load_directories([runs, empty]))
+    assert "ipo: 1 of 4 runs did not log test/loss" in warnings
+
+
+def test_truncated_bars_say_where_their_axis_starts(runs):
+    panel = Panel(kind="bars", metric="rewards/accuracies", split="test", group="*", ylim=[0.4, None])
+    with canvas.styled():
+        cut, whole = (
+            compose(Figure([p], columns=1), load.load_directories([runs])).figure.axes[0]
+            for p in (panel, Panel(kind="bars", metric="rewards/accuracies", split="test", group="*"))
+        )
+    assert [t.get_text() for t in cut.texts] == ["axis starts at 0.4"]
+    assert whole.get_ylim()[0] == 0.0
+    assert [t.get_text() for t in whole.get_xticklabels()] == list(GROUPS)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_every_figure_can_be_drawn_and_redrawn_to_the_same_bytes(runs, tmp_path):
+    """All figures that are drawn from runs; once more in another process with another hash seed."""
+    names = sorted(p.stem for p in FIGURES.glob("*.yaml"))
+    from_files = {"vrpo_variance", "calibration"}
+    assert len(names) == 10
+    loaded = load.load_directories([runs])
+    for name in sorted(set(names) - from_files):
+        _, figure = read_figure(name)
+        written = draw_figure(figure, name, tmp_path / "one", loaded)
+        assert [p.suffix for p in written] == [".pdf", ".png", ".csv", ".json"]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "0"}
+    command = [
+        sys.executable,
+        "plot_scripts/make_figures.py",
+        "figure=worst_group",
+        f"runs={runs}",
+        f"out={tmp_path / 'two'}",
+    ]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    for ending in ("pdf", "png", "csv", "json"):
+        one, two = (tmp_path / folder / f"worst_group.{ending}" for folder in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), ending
+
+
+def test_fonts_are_embedded_and_files_carry_no_dates(runs, tmp_path):
+    pdf, png, _, facts = draw_figure(LOSS, "loss", tmp_path, load.load_directories([runs]))
+    assert b"CIDFontType2" in pdf.read_bytes() or b"/TrueType" in pdf.read_bytes()
+    assert b"/Type3" not in pdf.read_bytes()
+    assert b"CreationDate" not in pdf.read_bytes()
+    assert b"Software" not in png.read_bytes()
+    provenance = json.loads(facts.read_text())
+    assert {r["run"] for r in provenance["runs"]} == {p.name for p in load.find_runs([runs])}
+    assert provenance["n"] == {"gr_ipo": 3, "ipo": 3}
+    assert all(len(r["config_hash"]) == 64 for r in provenance["runs"])
+
+
+def test_no_two_methods_of_a_figure_look_alike():
+    looks = canvas.looks([str(i) for i in range(35)])
+    assert len({(v.colour, str(v.dash)) for v in looks.values()}) == 35
+    assert len({v.colour for v in list(looks.values())[:7]}) == 7
+
+
+def test_both_sources_give_the_same_figure(runs, tmp_path):
+    """The same runs from their directories and as W&B returns them: equal bytes of PDF, PNG and CSV."""
+    folders = load.find_runs([runs])
+    _, figure = read_figure("worst_group")
+    here = draw_figure(figure, "f", tmp_path / "directories", load.load_directories(folders))
+    api = FakeApi(folders)
+    remote = load.load_wandb("team", "project", {"state": "finished"}, api=api)
+    there = draw_figure(figure, "f", tmp_path / "wandb", remote)
+    assert api.asked == [("team/project", {"state": "finished"}, "+created_at")]
+    for a, b in zip(here[:3], there[:3], strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.suffix
+    assert [r["source"][:19] for r in json.loads(there[3].read_text())["runs"]] == ["wandb:team/project/"] * 6
+
+
+def test_a_cached_answer_redraws_without_network(runs, tmp_path):
+    folders = load.find_runs([runs])
+    first = load.load_wandb("team", "project", cache=tmp_path, api=FakeApi(folders))
+
+    class Unreachable:
+        def runs(self, *_, **__):
+            raise AssertionError("the network was used")
+
+    again = load.load_wandb("team", "project", cache=tmp_path, api=Unreachable())
+    assert again.runs == first.runs
+    pd.testing.assert_frame_equal(again.table, first.table)
+    assert list(tmp_path.rglob("*.csv"))
+    with pytest.raises(AssertionError, match="network"):
+        load.load_wandb("team", "other", cache=tmp_path, api=Unreachable())
+    with pytest.raises(AssertionError, match="network"):
+        load.load_wandb("team", "project", cache=tmp_path, refresh=True, api=Unreachable())
+
+
+def test_runs_of_older_programs_are_read_under_our_names(runs):
+    folders = load.find_runs([runs])[:2]
+    ours = load.load_directories(folders)
+    older = load.load_wandb("team", "project", api=FakeApi(folders, older_names(GROUPS, validation=True)))
+    assert {i.config_hash_no_seed for i in older.runs} == {i.config_hash_no_seed for i in ours.runs}
+    for key in (
+        ("test", "loss", ""),
+        ("test", "loss", "group_south"),
+        ("eval", "rewards/accuracies", "group_north"),
+        ("eval", "rewards/accuracies", "worst_group"),
+        ("test", "policy_accuracies", "group_south"),
+        ("train", "weights", "group_north"),
+    ):
+        for info in ours.runs:
+            assert (info.run, *key) in older.series
+            for a, b in zip(ours.series[info.run, *key], older.series[info.run, *key], strict=True):
+                assert a == pytest.approx(b)
+
+
+def test_older_names_beside_ours_change_nothing(runs):
+    """A run that mirrors both: the older names must not be read as another split."""
+    folders = load.find_runs([runs])[:1]
+    names = older_names(GROUPS, validation=False)
+    both = FakeApi(folders)
+    for row in both._runs[0].scan_history():
+        row.update({names[k]: -1.0 for k in list(row) if k in names and k not in ("step", "examples")})
+    table = load.load_wandb("team", "project", api=both).table
+    known = load.load_directories(folders).table
+    assert len(table[table["split"] == "test"]) == len(known[known["split"] == "test"])
+    assert not (table[table["metric"] == "loss"]["value"] == -1.0).any()
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def test_mistakes_are_one_message_and_exit_code_2(runs, capsys):
+    for words, message in (
+        (["figure=worst_grup", f"runs={runs}"], "did you mean 'worst_group'"),
+        (["figure=worst_group"], "drawn from runs: give runs="),
+        (["figur=worst_group", f"runs={runs}"], "did you mean 'figure'"),
+        (["worst_group"], "must be key=value"),
+        (["figure=calibration"], "give data=FILE"),
+        (["figure=worst_group", f"runs={runs}", "project=p"], "give one"),
+        (["figure=worst_group", f"runs={runs}", "split=tset"], "no run logged loss of tset"),
+    ):
+        assert run_command(make_figures, words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_figure_of_ones_own_with_overrides(runs, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "panels:\n  - {kind: curves, metric: loss, split: eval, lines: {goal: 1.0}}\n"
+    )
+    words = [
+        f"figure={tmp_path / 'mine.yaml'}",
+        f"runs={runs}",
+        f"out={tmp_path}",
+        "split=test",
+        "labels={ipo: IPO}",
+        "title=Mine",
+    ]
+    facts = json.loads(make_figures(words)[3].read_text())
+    assert (facts["figure"], facts["title"], facts["panels"][0]["split"]) == ("mine", "Mine", "test")
+    assert set(facts["n"]) == {"gr_ipo", "IPO"}
+    (tmp_path / "mine.yaml").write_text("panels:\n  - {kind: curve, metric: loss}\n")
+    with pytest.raises(UserError, match="did you mean 'curves'"):
+        make_figures(words)
+
+
+def test_full_metrics_draws_curves_and_final_bars_of_what_was_logged(runs, tmp_path):
+    (tmp_path / "request.yaml").write_text(f"runs: ['{runs}']\nout: {tmp_path}\nlabels: {{ipo: IPO}}\n")
+    words = [
+        "--config",
+        str(tmp_path / "request.yaml"),
+        "--metrics",
+        "rewards/accuracies",
+        "--splits",
+        "test",
+    ]
+    written = plot_from_wandb_full_metrics.main(words)
+    assert {p.stem for p in written} == {"test.rewards.accuracies.curves", "test.rewards.accuracies.final"}
+    drawn = pd.read_csv(tmp_path / "test.rewards.accuracies.final.csv")
+    bars = drawn[drawn["kind"] == "bar"]
+    assert set(bars["group"].fillna("")) == {"", "mean_group", "worst_group", "group_north", "group_south"}
+    assert set(bars["method"]) == {"IPO", "gr_ipo"}
+    pairs = plot_from_wandb_full_metrics.tracked(load.load_directories([runs]))
+    assert ("train", "weights") in pairs
+    assert ("test", "loss") in pairs
+    assert not any(m == "group_counts" for _, m in pairs)
+    with pytest.raises(UserError, match="did you mean 'loss'"):
+        plot_from_wandb_full_metrics.main(["--runs", str(runs), "--metrics", "los"])
+
+
+def test_paper_plots_draw_the_three_figures(runs, tmp_path):
+    written = plot_from_wandb_paper_plots.main(["--runs", str(runs), "--out", str(tmp_path), "--carry"])
+    assert {p.stem for p in written} == {"group_robust_end", "group_robust_training", "group_robust_curves"}
+    drawn = pd.read_csv(tmp_path / "group_robust_training.csv")
+    start = drawn[
+        (drawn["panel"] == "Log-prob accuracy at the start")
+        & (drawn["kind"] == "bar")
+        & (drawn["method"] == "ipo")
+    ]
+    expected = [np.mean([share_at(0, s, g) - 0.1 for s in (0, 1, 2)]) for g in (0, 1)]
+    assert start["y"].tolist() == pytest.approx(expected)
+
+
+def test_quickstart_figure_has_four_panels_with_the_reference_rate(runs, tmp_path):
+    lines = {"Bayes rate": {"north": 0.9, "south": 0.8}}
+    written = quickstart_figure([runs / "gr_ipo_seed_0", runs / "ipo_seed_0"], tmp_path, lines)
+    facts = json.loads(written[3].read_text())
+    assert [p["title"] for p in facts["panels"]] == [
+        "Held-out loss",
+        "Held-out accuracy",
+        "Accuracy at the end",
+        "Group weights",
+    ]
+    drawn = pd.read_csv(written[2])
+    last = drawn[
+        (drawn["panel"] == "Accuracy at the end") & (drawn["method"] == "ipo") & (drawn["kind"] == "bar")
+    ]
+    assert last["low"].tolist() == pytest.approx([wilson(share_at(500, 0, g) * 40, 40).low for g in (0, 1)])
+    one = quickstart_figure([runs / "ipo_seed_0"], tmp_path, {"Bayes rate": 0.9}, name="plain")
+    assert json.loads(one[3].read_text())["panels"][3]["title"] == "Reward margin"
