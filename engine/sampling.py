@@ -191,12 +191,12 @@ def _read_prompts(
         ids[i, width - len(text) :] = torch.from_numpy(text.copy())
         mask[i, width - len(text) :] = 1
     ids, mask = ids.to(device), mask.to(device)
+    # learned positions are wrong under left padding without these; the padding's own do not matter
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(
-            min=0
-        ),  # learned positions are wrong under left padding without it
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,

@@ -327,3 +327,5 @@ def test_the_largest_uniform_number_never_draws_an_impossible_token():
     assert next_tokens(logits, torch.zeros(3, dtype=torch.float64), 1.0, 1.0, None).tolist() == [0, 0, 0]
     assert next_tokens(logits, largest, 1.0, 1.0, 1).tolist() == [1, 0, 0]
     assert next_tokens(logits, largest, 1.0, 1e-9, None).tolist() == [1, 0, 0]
+    first_impossible = torch.tensor([[-torch.inf, 0.0, 0.0]])
+    assert next_tokens(first_impossible, torch.zeros(1, dtype=torch.float64), 1.0, 1.0, None).tolist() == [1]
