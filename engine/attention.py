@@ -1,0 +1,188 @@
+"""Attention over a packed row of trees (see `engine.layouts`), plugged into transformers' attention interface.
+
+A model whose attention implementation is set to ``NAME`` runs `tree_attention`: without ``trees`` (sampling, padded rows)
+it is transformers' own ``sdpa``; with them, a prompt's tokens attend causally to the prompt, a branch's tokens to the
+prompt and causally to their own branch. Nothing is padded and no mask over the whole row exists:
+
+- on the CPU (and anywhere as a fallback) one `scaled_dot_product_attention` call per block, which keeps the cost at the
+  pairs that may attend and lets autograd add up the gradients of a shared prompt;
+- on CUDA one FlexAttention call with a block-sparse mask, compiled once with dynamic lengths.
+"""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from engine.layouts import Block
+
+NAME = "shared_prefix"
+FLEX_BLOCK = 128  # FlexAttention's tile
+
+
+class Trees:
+    """The attention pattern of one packed row, built once per micro-batch and used by every layer."""
+
+    def __init__(self, blocks: tuple[Block, ...], device: torch.device, flex: bool) -> None:
+        self.blocks = blocks
+        self.device = device
+        self.flex = flex
+        self.sizes = [block.size for block in blocks]
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """Per block a bool mask (block tokens, prompt + block tokens), True where a token may look; None: plain causal."""
+        return [
+            None
+            if block.prompt is None
+            else torch.from_numpy(_block_mask(block, self.sizes[block.prompt])).to(self.device)
+            for block in self.blocks
+        ]
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The same pattern for FlexAttention."""
+        return _flex_mask(*_spans(self.blocks), self.device)
+
+
+def _block_mask(block: Block, prompt_size: int) -> np.ndarray:
+    """(n, prompt_size + n) bool for a block of branches with n tokens together."""
+    n = block.size
+    start = np.repeat(np.cumsum(block.branches) - block.branches, block.branches)  # each token's branch start
+    column = np.arange(n)
+    own = (column[None] <= column[:, None]) & (column[None] >= start[:, None])
+    return np.concatenate([np.ones((n, prompt_size), bool), own], axis=1)
+
+
+def _spans(blocks: tuple[Block, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per token of the row: where its prompt begins and ends, and where its own branch begins; each (T,) int32."""
+    starts = np.cumsum([0] + [block.size for block in blocks])
+    sizes = np.array([block.size for block in blocks])
+    prompt = np.array([i if block.prompt is None else block.prompt for i, block in enumerate(blocks)])
+    branches = np.array([n for block in blocks for n in block.branches])
+    own = np.repeat(np.cumsum(branches) - branches, branches)
+    first, stop = np.repeat(starts[prompt], sizes), np.repeat(starts[prompt] + sizes[prompt], sizes)
+    return first.astype(np.int32), stop.astype(np.int32), own.astype(np.int32)
+
+
+def _flex_mask(first: np.ndarray, stop: np.ndarray, own: np.ndarray, device: torch.device) -> BlockMask:
+    """A query i may look at keys own[i]..i and first[i]..stop[i]-1 (cut at i): a BlockMask built without a (T, T) array."""
+    length = len(own)
+    num = -(-length // FLEX_BLOCK)
+    low = np.arange(num) * FLEX_BLOCK  # (num,) first key of each key tile
+    high = np.minimum(low + FLEX_BLOCK, length)
+    query = np.arange(length)
+    end = query + 1
+    touches = (low < end[:, None]) & (high > own[:, None])
+    touches |= (low < np.minimum(stop, end)[:, None]) & (high > first[:, None])
+    inside = (low >= own[:, None]) & (high <= end[:, None])
+    inside |= (low >= first[:, None]) & (high <= np.minimum(stop, end)[:, None])
+    tiles = np.arange(0, length, FLEX_BLOCK)
+    some = np.logical_or.reduceat(touches, tiles, axis=0)
+    full = np.logical_and.reduceat(inside, tiles, axis=0)
+    partial_count, partial_index = _ordered(some & ~full, device)
+    full_count, full_index = _ordered(full, device)
+    first_t, stop_t, own_t = (torch.from_numpy(x).to(device, non_blocking=True) for x in (first, stop, own))
+
+    def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & ((k >= own_t[q]) | ((k >= first_t[q]) & (k < stop_t[q])))
+
+    return BlockMask.from_kv_blocks(
+        partial_count,
+        partial_index,
+        full_count,
+        full_index,
+        FLEX_BLOCK,
+        may_look,
+        seq_lengths=(length, length),
+    )
+
+
+def _ordered(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(num, num) bool -> (1, 1, num) counts and (1, 1, num, num) tile indices, wanted ones first, int32."""
+    index = np.argsort(~tiles, axis=1, kind="stable").astype(np.int32)
+    count = tiles.sum(axis=1).astype(np.int32)
+    to = {"device": device, "non_blocking": True}
+    return torch.from_numpy(count)[None, None].to(**to), torch.from_numpy(index)[None, None].to(**to)
+
+
+@cache
+def _compiled_flex() -> Any:
+    # dynamic: packed lengths differ in every micro-batch, and one compilation per length takes seconds
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, trees: Trees, dropout: float, scale: float | None
+) -> Tensor:
+    """(1, heads, T, D) -> (1, heads, T, D), one call per block."""
+    queries, keys, values = (x.split(trees.sizes, dim=2) for x in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
+    outs = []
+    for i, (block, mask) in enumerate(zip(trees.blocks, trees.masks, strict=True)):
+        k, v = keys[i], values[i]
+        if block.prompt is not None:
+            k, v = torch.cat((keys[block.prompt], k), dim=2), torch.cat((values[block.prompt], v), dim=2)
+        outs.append(
+            F.scaled_dot_product_attention(
+                queries[i],
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=gqa,
+            )
+        )
+    return torch.cat(outs, dim=2)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    trees: Trees | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query (N, heads, L, D), key and value (N, kv heads, L, D) -> (N, L, heads, D).
+
+    Raises:
+        ValueError: the layer wants something that the tree pattern does not have (soft-capping, a bias, sinks).
+    """
+    if trees is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    unknown = [n for n in ("softcap", "position_bias", "s_aux") if kwargs.get(n) is not None]
+    if unknown:
+        raise ValueError(f"{type(module).__name__}: attention with {unknown[0]} has no shared-prefix form")
+    if trees.flex and dropout == 0.0:  # FlexAttention has no dropout
+        out = _compiled_flex()(
+            query,
+            key,
+            value,
+            block_mask=trees.block_mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    else:
+        out = _by_blocks(query, key, value, trees, dropout, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
