@@ -1,0 +1,600 @@
+"""From a validated Run to a trained model: data, models, parts, trainer, results. Shared by train.py and commands/."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config.compose import NOT_IDENTITY, Run
+from data.files import ReadSettings
+from data.names import dataset_module
+from data.plan import Plan
+from data.schema import Example, Row
+from data.passport import passport
+from engine import archives, checkpoint, models, parallel, reference, rundir, sampling, scoring
+from engine.evaluation import Evaluator, accuracy_interval
+from engine.metrics import MetricsLog, WandbSettings
+from engine.optim import Schedule, build_optimizer, restore_optimizer
+from engine.parallel import World
+from losses.types import Loss
+from preference_datasets import Counts, Tokenization, sft_examples, tokenize
+from trainers import Parts, Trainer, autocast
+from utils import UserError, git_facts, log, stream, versions, write_atomic
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Data:
+    """Rows per split, and what they came from. ``examples`` are those the rows were made of, same order."""
+
+    groups: tuple[str, ...]
+    datasets: tuple[str, ...]
+    rows: dict[str, list[Row]]
+    examples: dict[str, list[Example]]
+    source: dict[str, list[int]]  # split -> index into ``datasets`` of each row
+    counts: Counts
+
+
+def load_examples(run: Run) -> dict[str, list[list[Example]]]:
+    """split -> one list per entry of ``datasets``."""
+    found: dict[str, list[list[Example]]] = {}
+    common = {
+        "on_bad_row": run.config.data.on_bad_row,
+        "max_bad_fraction": run.config.data.max_bad_fraction,
+        "rejected_path": str(Path(run.config.run_dir) / "rejected.jsonl"),
+    }
+    for spec in run.datasets:
+        settings = spec.settings
+        if isinstance(settings, ReadSettings):
+            settings = replace(settings, **{k: v for k, v in common.items() if getattr(settings, k) is None})
+        for split, examples in dataset_module(spec.source).load(spec.name, settings, run.config.seed).items():
+            found.setdefault(split, [[] for _ in run.datasets])[run.datasets.index(spec)] = examples
+    return found
+
+
+def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
+    """Read and tokenise every split for what ``loss`` needs (default: the run's)."""
+    loss = loss or run.loss
+    needs = loss.needs
+    by_split = load_examples(run)
+    if "target" in needs.policy:
+        by_split = {s: [sft_examples(e, loss.sft_on) for e in lists] for s, lists in by_split.items()}
+    groups = tuple(dict.fromkeys(e.group for lists in by_split.values() for part in lists for e in part))
+    roles = tuple(dict.fromkeys((*needs.policy, *needs.reference)))
+    rows: dict[str, list[Row]] = {}
+    kept: dict[str, list[Example]] = {}
+    source: dict[str, list[int]] = {}
+    counts = Counts()
+    for split, lists in by_split.items():
+        rows[split], kept[split], source[split] = [], [], []
+        for i, (spec, examples) in enumerate(zip(run.datasets, lists, strict=True)):
+            check_columns(examples, needs.scalars, spec.name, split)
+            made = tokenize(examples, tokenizer, tokenization(run, spec), groups=groups, roles=roles, counts=counts)
+            by_uid = {e.uid: e for e in examples}
+            rows[split] += made
+            kept[split] += [by_uid[row.uid] for row in made]
+            source[split] += [i] * len(made)
+    counts.log()
+    if not rows.get("train") and not run.config.eval_only_once:
+        raise UserError(f"datasets={run.config.datasets}: no training rows are left; see the counts above")
+    return Data(groups, tuple(s.name for s in run.datasets), rows, kept, source, counts)
+
+
+def tokenization(run: Run, spec: Any) -> Tokenization:
+    config = run.config
+    return Tokenization(
+        bos=config.data.bos,
+        mode=config.data.tokenize,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation=config.truncation or spec.settings.truncation_mode,
+    )
+
+
+def check_columns(examples: Sequence[Example], scalars: Sequence[str], name: str, split: str) -> None:
+    """Every row must have the columns that the loss needs."""
+    for example in examples:
+        for column in scalars:
+            if column not in example.scalars:
+                raise UserError(
+                    f"{example.uid}: column {column!r} is missing, which this loss needs; "
+                    f"{name}/{split} has {sorted(example.scalars) or 'no such columns'}"
+                )
+
+
+def build_plan(run: Run, data: Data) -> Plan:
+    """The batch plan: plain epochs, weighted mixtures of data sets, or groups drawn uniformly."""
+    config, rows = run.config, data.rows["train"]
+    strata, probs = None, None
+    if config.weighted_batches:
+        strata, probs = [row.group for row in rows], [1.0] * len(data.groups)
+    elif config.data.mix_weights is not None:
+        strata = data.source["train"]
+        probs = [config.data.mix_weights[name] for name in data.datasets]
+    return Plan(
+        rows,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        sep_pairs=config.sep_pairs,
+        strata=strata,
+        strata_probs=probs,
+        num_groups=len(data.groups),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def build_scorer(run: Run, model: torch.nn.Module) -> scoring.Scorer:
+    s = run.config.scoring
+    scorer = scoring.Scorer(model, layout=s.layout, output=run.loss.needs.output, chunk_tokens=s.chunk_tokens)
+    if scorer.fallback_reason:
+        log.info("scoring.layout=%s is not possible here, using padded: %s", s.layout, scorer.fallback_reason)
+    return scorer
+
+
+def verify_scorer(run: Run, scorer: scoring.Scorer, rows: Sequence[Row]) -> None:
+    """Score a first few rows both ways; refuse to go on past the tolerance."""
+    from data.schema import Batch
+
+    if run.config.scoring.verify and rows:
+        exact = next(scorer.parameters()).dtype == torch.float64
+        gap = scoring.verify(
+            scorer,
+            Batch.collate(list(rows[:4])),
+            run.loss.needs.policy,
+            1e-9 if exact else run.config.scoring.tolerance,
+        )
+        log.info("scoring: %s agrees with plain full-logits scoring to %.1e nats per token", scorer.layout, gap)
+
+
+def output_dim(run: Run) -> int | None:
+    """Width of the general preference model's embedding."""
+    return run.loss.dim if run.loss.needs.output == "embedding" else None
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the watched metric (for sweepers) and the process's exit code."""
+
+    metric: float | None
+    exit_code: int = 0
+
+
+def run_training(run: Run) -> Outcome:
+    """Train (or continue, or show the results of) the run. Raises UserError for anything the user can mend."""
+    config = run.config
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    run_dir = Path(config.run_dir)
+    with contextlib.ExitStack() as stack:
+        world = parallel.start(config.trainer.parallel, config.device, config.trainer.timeout_s)
+        stack.callback(world.close)
+        config.check_world(world.size)
+        if world.is_main:
+            rundir.prepare(run_dir)
+            stack.enter_context(rundir.lock(run_dir))
+            checkpoint.clean(run_dir)
+            if config.fresh:
+                rundir.set_aside(run_dir)
+            rundir.check_config(run_dir, run.plain, allow=config.resume_allow, ignore=NOT_IDENTITY)
+        world.barrier()
+        finished = world.broadcast(_finished(run_dir))
+        if finished is not None:
+            if world.is_main:
+                print_results(finished, run_dir)
+            return Outcome(finished.get("metric"))
+        return _Session(run, run_dir, world, stack).run()
+
+
+def _finished(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+class _Session:
+    """One process's part in one start of a run."""
+
+    def __init__(self, run: Run, run_dir: Path, world: World, stack: contextlib.ExitStack) -> None:
+        self.config, self.spec, self.loss = run.config, run.model, run.loss
+        self.run_, self.run_dir, self.world, self.stack = run, run_dir, world, stack
+        self.started = time.time()
+        self.reference_weights: str | None = None
+
+    # ------------------------------------------------------------------------------------------ building
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return models.load_tokenizer(self.spec)
+
+    @cached_property
+    def data(self) -> Data:
+        return load_data(self.run_, self.tokenizer)
+
+    @cached_property
+    def eval_rows(self) -> dict[str, list[Row]]:
+        rows = {s: r for s, r in self.data.rows.items() if s != "train" or self.config.eval_train_data}
+        if not any(rows.values()):
+            log.warning("there are no evaluation rows")
+        return rows
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        model = models.build_policy(
+            self.spec,
+            archive=self.spec.archive,
+            output=self.loss.needs.output,
+            dim=output_dim(self.run_),
+            seed=self.config.seed,
+            device=self.world.device,
+            tokenizer=self.tokenizer,
+        )
+        if self.config.activation_checkpointing:
+            models.enable_activation_checkpointing(model)
+        return model
+
+    @cached_property
+    def reference_model(self) -> torch.nn.Module:
+        """The frozen reference as a model of its own (LoRA has none: its adapter is switched off)."""
+        return models.build_reference(
+            self.spec, archive=self.spec.archive, seed=self.config.seed, device=self.world.device, tokenizer=self.tokenizer
+        )
+
+    def build_reference(self, scorer: scoring.Scorer, resumed: Mapping[str, Any] | None) -> Callable | None:
+        """Reference log-probs: cached (computed before the first step, by the policy itself where that is the same
+        model), adapter-off, or live."""
+        config, needs = self.config, self.loss.needs
+        if not needs.reference:
+            return None
+        lora = models.is_peft(scorer.model)
+        same = lora or (resumed is None and self.spec.policy_dtype == self.spec.reference_dtype)
+
+        def live() -> Callable:
+            if lora:
+                return reference.AdapterOffReference(scorer, scorer.model)
+            return reference.LiveReference(build_scorer(self.run_, self.reference_model))
+
+        passes = 0 if config.eval_only_once else self.plan.num_examples / len(self.data.rows["train"])
+        if config.reference == "live" or (config.reference == "auto" and passes < 1):
+            return live()
+        self.reference_weights = resumed["reference_weights"] if resumed else self._weights_hash(scorer.model)
+        cache = reference.CachedReference(
+            config.reference_cache,
+            weights=self.reference_weights,
+            kernel=f"{reference.kernel_id(scorer)}/{config.precision}",
+            dtype=models.DTYPES[self.spec.reference_dtype],
+            device=self.world.device,
+            scorer_factory=(lambda: reference.LiveReference(scorer)) if same and not lora else live,
+        )
+        rows = [row for split, part in self.rows_to_score.items() for row in part]
+        with autocast(config.precision, self.world.device):
+            cache.fill(rows, needs.reference, world=self.world, check=0 if resumed else config.reference_check)
+        scorer.train()
+        return cache
+
+    def _weights_hash(self, model: torch.nn.Module) -> str:
+        if models.is_peft(model):
+            adapter = models.REFERENCE_ADAPTER if models.REFERENCE_ADAPTER in model.peft_config else None
+            return models.weights_hash(model, adapter)
+        if self.spec.policy_dtype == self.spec.reference_dtype:
+            return models.weights_hash(model)
+        return models.weights_hash(self.reference_model)
+
+    @cached_property
+    def rows_to_score(self) -> dict[str, list[Row]]:
+        """Splits of this run that the reference will be asked about."""
+        training = {} if self.config.eval_only_once else {"train": self.data.rows["train"]}
+        return {**self.eval_rows, **training}
+
+    @cached_property
+    def plan(self) -> Plan:
+        return build_plan(self.run_, self.data)
+
+    # ------------------------------------------------------------------------------------------ running
+
+    def run(self) -> Outcome:
+        config, world = self.config, self.world
+        self.report_data()
+        if config.audit:
+            return Outcome(None)
+        found = world.broadcast(
+            checkpoint.choose(self.run_dir, resume=config.resume, resume_from=config.resume_from) if world.is_main else None
+        )
+        trainer = self.build_trainer(found)
+        self.stack.callback(trainer.parts.metrics.close)
+        if config.eval_only_once:
+            trainer.evaluate(list(trainer.parts.evaluator.splits))
+            status = "evaluated"
+        else:
+            status = trainer.train()
+        if status == "signal":
+            log.warning("stopped by a signal at %d examples; the same command continues", trainer.examples)
+            return Outcome(None, trainer.exit_code)
+        if status != "evaluated":
+            trainer.finish()
+        results = self.results(trainer, status)
+        if world.is_main:
+            write_atomic(self.run_dir / "results.json", json.dumps(results, indent=1) + "\n")
+            print_results(results, self.run_dir)
+            if config.checkpoint.merge_lora and models.is_peft(self.model) and status != "evaluated":
+                models.merge_lora(self.model, self.tokenizer, self.run_dir / "merged")
+        world.barrier()
+        return Outcome(results["metric"])
+
+    def report_data(self) -> None:
+        """The data passport: into the log and passport.json, before any model is loaded."""
+        if not self.world.is_main:
+            return
+        made = passport(self.data.rows, self.data.counts, self.data.groups, self.tokenizer, first_batch=self.first_rows())
+        (self.run_dir / "passport.json").write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+        text = made.render(color=sys.stderr.isatty())
+        if self.config.audit:
+            print(text)
+        else:
+            log.info("%s", made.summary())
+
+    def first_rows(self) -> list[Row]:
+        rows = self.data.rows.get("train") or []
+        return [rows[i] for i in self.plan.step_rows(0)] if rows else []
+
+    def build_trainer(self, found: checkpoint.Checkpoint | None) -> Trainer:
+        config, world = self.config, self.world
+        state = found.state if found else None
+        scorer = build_scorer(self.run_, self.model)
+        if found is None:
+            verify_scorer(self.run_, scorer, self.first_rows())
+            log.info("model: %s", describe(self.model))
+        ref = self.build_reference(scorer, state)
+        if found is not None:
+            self.read_model(found.path)
+        parameters = [p for p in scorer.parameters() if p.requires_grad]
+        optimizer = build_optimizer(
+            config.optimizer, parameters, lr=config.lr, weight_decay=config.weight_decay, options=config.optimizer_options
+        )
+        if found is not None:
+            restore_optimizer(
+                optimizer, scorer.named_parameters(), found.optimizer(), state["optimizer"]
+            )
+        steps = self.plan.num_steps
+        warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
+        schedule = Schedule(config.lr, warmup, steps, config.lr_schedule)
+        facts = self.facts()
+        if found is not None:
+            self.report_resume(found, facts)
+        trainer = Trainer(
+            Parts(
+                config=config,
+                world=world,
+                run_dir=self.run_dir,
+                policy=scorer,
+                reference=ref,
+                loss=self.loss,
+                weighting=self.run_.weighting.build(self.data.groups, self.plan.group_counts, self.plan.group_probs),
+                stopper=self.run_.stopping.build(
+                    lr=config.lr, num_examples=len(self.data.rows["train"]), eval_every=config.eval_every
+                ),
+                optimizer=optimizer,
+                schedule=schedule,
+                plan=self.plan,
+                rows=self.data.rows["train"],
+                evaluator=self.build_evaluator(ref),
+                metrics=self.build_metrics(state, found.examples if found else 0),
+                model_writer=self.model_writer,
+                read_model=self.read_model,
+                facts=facts,
+                extra_state={"reference_weights": self.reference_weights},
+            ),
+            self.data.groups,
+        )
+        if state is not None:
+            trainer.load_state_dict(state)
+        return trainer
+
+    def read_model(self, path: Path) -> None:
+        """The policy's weights from a checkpoint of this run, in place."""
+        stored = archives.read(str(path))
+        if models.is_peft(self.model):
+            archives.load_adapter(self.model, stored, models.POLICY_ADAPTER)
+        else:
+            head = models.HEAD if self.loss.needs.output != "logps" else None
+            archives.load_base(self.model, stored, head=head)
+
+    def model_writer(self) -> Callable[[Path], None]:
+        return lambda path: models.save_model(self.model, self.tokenizer, path)
+
+    def facts(self) -> dict[str, Any]:
+        """What bit-exactness depends on."""
+        config = self.config
+        return {
+            "config_hash": self.run_.config_hash,
+            "data_fingerprint": self.plan.fingerprint,
+            "world_size": self.world.size,
+            "micro_batches": config.microbatch_tokens or config.gradient_accumulation_steps,
+            "threads": torch.get_num_threads(),
+            "device": str(self.world.device.type),
+            "versions": versions(),
+            "git": git_facts(ROOT),
+        }
+
+    def report_resume(self, found: checkpoint.Checkpoint, facts: Mapping[str, Any]) -> None:
+        changes = checkpoint.compare_facts(found.facts, facts, allow=self.config.resume_allow)
+        changes = [c for c in changes if not c.startswith("git.")]
+        promise = "bit-exact" if not changes else f"not bit-exact, equal to rounding: {'; '.join(changes)}"
+        log.info("continuing from %s (%s)", found.path, promise)
+
+    def build_metrics(self, state: Mapping[str, Any] | None, examples: int) -> MetricsLog:
+        config, run = self.config, self.run_
+        if self.world.is_main:
+            rundir.truncate(self.run_dir, examples=examples, metrics_offset=state["metrics"]["offset"] if state else 0)
+            made = rundir.provenance(
+                run.plain, command=[Path(sys.argv[0]).name, *sys.argv[1:]], seed=config.seed, root=ROOT
+            )
+            made |= {"config_hash": run.config_hash, "config_hash_no_seed": run.config_hash_no_seed}
+            rundir.write_facts(self.run_dir, run.plain, made, examples=examples)
+        w = config.wandb
+        return MetricsLog(
+            self.run_dir,
+            wandb=WandbSettings(
+                enabled=w.enabled, project=w.project, entity=w.entity, tags=tuple(w.tags), legacy_names=w.legacy_names
+            ),
+            config=run.plain,
+            identity={
+                "name": config.exp_name,
+                "group": run.config_hash_no_seed[:12],
+                "job_type": run.plain["loss"]["name"],
+            },
+            groups=self.data.groups,
+            validation="validation" in self.eval_rows,
+            state=state["metrics"] if state else None,
+            examples=examples,
+            active=self.world.is_main,
+        )
+
+    def build_evaluator(self, ref: Callable | None) -> Evaluator:
+        config = self.config
+        return Evaluator(
+            splits=self.eval_rows,
+            groups=self.data.groups,
+            loss=self.loss,
+            reference=ref,
+            world=self.world,
+            run_dir=self.run_dir,
+            batch_size=config.eval_batch_size,
+            per_group=config.n_eval_examples,
+            sampler=Sampler(self) if config.sample_during_eval and self.loss.needs.output == "logps" else None,
+        )
+
+    def results(self, trainer: Trainer, status: str) -> dict[str, Any]:
+        """results.json: the final evaluation of every split, per group with intervals and n."""
+        splits = {}
+        for split, done in trainer.last_evaluation.items():
+            table = []
+            for group in ["all", *self.data.groups]:
+                records = [r for r in done.records if group in ("all", r["group"])]
+                if records:
+                    table.append({"group": group, **group_row(records)})
+            splits[split] = {"prefix": done.prefix, "table": table, "metrics": done.metrics}
+        metric = self.watched(trainer)
+        return {
+            "status": status,
+            "step": trainer.step_count,
+            "examples": trainer.examples,
+            "seconds": round(time.time() - self.started, 1),
+            "metric": metric,
+            "exp_name": self.config.exp_name,
+            "loss": self.run_.plain["loss"]["name"],
+            "splits": splits,
+        }
+
+    def watched(self, trainer: Trainer) -> float | None:
+        """The stopper's metric, else the first split's loss: what a sweep minimises or compares."""
+        flat = {k: v for done in trainer.last_evaluation.values() for k, v in done.metrics.items()}
+        name = trainer.parts.stopper.metric
+        if name is None:
+            name = next((f"{done.prefix}/loss" for done in trainer.last_evaluation.values()), None)
+        return flat.get(name) if name else None
+
+
+def describe(model: torch.nn.Module) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{type(model).__name__}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+
+
+class Sampler:
+    """Responses of the policy and (once) of the reference to a fixed set of held-out prompts, at every evaluation."""
+
+    def __init__(self, session: _Session) -> None:
+        self.session = session
+        self.reference_rows: list[dict[str, Any]] | None = None
+        split = next((s for s in ("test", "validation") if session.eval_rows.get(s)), None)
+        rows = session.eval_rows[split] if split else []
+        prompts = {row.prompt_key: row for row in rows}
+        order = stream(0, "sampled prompts").permutation(len(prompts))[: session.config.n_eval_model_samples]
+        unique = list(prompts.values())
+        self.rows = [unique[i] for i in order]
+
+    def __call__(self, policy: torch.nn.Module, examples: int) -> None:
+        session = self.session
+        rows = self._draw(policy.model, "policy")
+        if session.loss.needs.reference:
+            if self.reference_rows is None:
+                if models.is_peft(policy.model):
+                    with reference.adapter_off(policy.model):
+                        self.reference_rows = self._draw(policy.model, "reference")
+                else:
+                    self.reference_rows = self._draw(session.reference_model, "reference")
+            rows = rows + self.reference_rows
+        self.session.metrics_log.samples(examples, rows)
+
+    def _draw(self, model: torch.nn.Module, name: str) -> list[dict[str, Any]]:
+        session, config = self.session, self.session.config
+        drawn = sampling.generate(
+            model,
+            session.tokenizer,
+            [row.prompt for row in self.rows],
+            max_new_tokens=config.sample_max_new_tokens or config.max_length - config.max_prompt_length,
+            seed=config.seed,
+            keys=[(row.uid, name) for row in self.rows],
+            batch_size=config.eval_batch_size,
+        )
+        decode = session.tokenizer.decode
+        return [
+            {
+                "model": name,
+                "uid": row.uid,
+                "group": session.data.groups[row.group],
+                "prompt": decode(row.prompt, skip_special_tokens=True),
+                "sample": decode(sample.ids, skip_special_tokens=True),
+                "finished": sample.finished,
+            }
+            for row, sample in zip(self.rows, drawn, strict=True)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
+def group_row(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    """One line of the final table: loss, reward accuracy with its interval, n."""
+    row: dict[str, float | int] = {"n": len(records), "prompts": len({r["prompt_key"] for r in records})}
+    row["loss"] = sum(r["weight"] * r["loss"] for r in records) / len(records)
+    if "rewards/accuracies" in records[0]:
+        interval = accuracy_interval(records)
+        row |= {"accuracy": interval.estimate, "ci_low": interval.low, "ci_high": interval.high}
+    return row
+
+
+def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
+    """The final tables and where everything is, to stdout."""
+    print(f"\n{results['exp_name']}: {results['status']} after {results['examples']} examples")
+    for split, found in results["splits"].items():
+        print(f"\n{split} ({found['prefix']}/ in metrics.jsonl)")
+        print(f"  {'group':<24} {'loss':>10}  {'reward accuracy [95% interval]':<32} {'n':>6}")
+        for row in found["table"]:
+            accuracy = ""
+            if "accuracy" in row:
+                accuracy = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+            print(f"  {row['group']:<24} {row['loss']:>10.4f}  {accuracy:<32} {row['n']:>6}")
+    print(f"\nrun directory: {run_dir}")
+    for name in ("config.yaml", "metrics.jsonl", "results.json", "records", "samples", "LATEST", "merged"):
+        if (run_dir / name).exists():
+            print(f"  {run_dir / name}")

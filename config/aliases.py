@@ -1,0 +1,123 @@
+"""Command-line words of the older repositories -> ours, before Hydra composes anything.
+
+Sources: eric-mitchell/direct-preference-optimization and rsshyam/Group-robust-preference-optimization, config/ and
+scripts/. docs/keys.md is the table for people.
+"""
+
+from __future__ import annotations
+
+import re
+
+from utils import UserError, log
+
+# their key -> ours
+RENAMED = {
+    "loss.step_size": "weighting.step_size",
+    "loss.adj": "weighting.adj",
+    "loss.adaptive_step_size": "weighting.adaptive_step_size",
+    "loss.step_factor": "weighting.step_factor",
+    "loss.imp_weights": "weighting.imp_weights",
+    "min_lr": "stopping.min_lr",
+    "patience_factor": "stopping.patience_factor",
+    "scheduler_metric": "stopping.scheduler_metric",
+    "exp_group": "wandb.tags",
+    "model_archive": "model.archive",
+}
+
+# keys that mean nothing any more: the value that is passed over, and what to say otherwise
+RETIRED = {
+    "fsdp_port": "the launcher finds a free port",
+    "local_dirs": "run directories are run_root/exp_name: set run_root=DIR",
+    "local_run_dir": "set run_dir=DIR",
+    "group_name": "W&B groups runs by their configuration; name the run with exp_name=",
+    "active": "the reference never read it",
+    "group_handling": "the reference never read it",
+    "debug": "use wandb.enabled=false and a small n_examples=",
+    "minimum_log_interval_secs": "every step is logged",
+    "eval_train_every": "training rows are evaluated with the others: eval_train_data=true and eval_every=",
+    "eval_train_end": "every split is evaluated at the end",
+    "eval_full": "use n_eval_examples=null",
+    "eval_train_full": "use n_eval_examples=null eval_train_data=true",
+    "use_kfoldsplit": "use data.<name>.kfold=FOLD (fold 0 is fold 0)",
+    "train_frac": "use data.<name>.train_frac=",
+    "test_dataset": "use data.<name>.max_rows=",
+    "wandb.key": "keys never belong in a config: set WANDB_API_KEY or run `wandb login`",
+    "loss.normalize_loss": "it was always off",
+    "use_ref": "loss=base evaluates without a reference",
+    "max_train_examples": "use n_examples=",
+}
+NEUTRAL = {"null", "false", "0", "none", "~", "''", '""'}
+
+TRAINERS = {"parallel_fsdp": "FSDPTrainer", "TensorParallelTrainer": None, "parallel_tensor": None}
+
+HYDRA_FLAGS = re.compile(
+    r"^--(help|hydra-help|version|cfg|resolve|package|run|multirun|shell-completion|config-path|config-name"
+    r"|config-dir|experimental-rerun|info)($|=)"
+)
+
+
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(Hydra's own flags, overrides). ``--model.archive X`` and ``--model_archive=X`` become ``model.archive=X``."""
+    flags, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if HYDRA_FLAGS.match(word):
+            flags.append(word)
+            takes_value = word in ("--cfg", "--package", "--config-path", "--config-name", "--config-dir")
+            if takes_value and (value := next(words, None)) is not None:
+                flags.append(value)
+        elif word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals and (value := next(words, None)) is None:
+                raise UserError(f"{word}: a value is missing; write {key}=VALUE")
+            overrides.append(f"{key}={value}")
+        elif word.startswith("-") and "=" not in word:
+            flags.append(word)
+            if word in ("-c", "-p", "-cp", "-cn", "-cd") and (value := next(words, None)) is not None:
+                flags.append(value)
+        else:
+            overrides.append(word)
+    return flags, overrides
+
+
+def translate(overrides: list[str]) -> list[str]:
+    """Their overrides -> ours, order kept. Raises UserError where the old word has no meaning here."""
+    out = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        key = key.lstrip("+")
+        if not equals:
+            out.append(word)  # ~deletions and the like are Hydra's business
+        elif key == "loss" and value == "grpo":
+            raise UserError(
+                "loss=grpo has two meanings: group ROBUST preference optimization is loss=gr_dpo or loss=gr_ipo "
+                "(aliases rdpo, ripo, gripo); group RELATIVE policy optimization (grpo_relative) is an online "
+                "algorithm that this release does not have"
+            )
+        elif key == "trainer" and value in TRAINERS:
+            if TRAINERS[value] is None:
+                raise UserError(f"trainer={value}: there is no tensor parallelism here; use trainer=FSDPTrainer")
+            out.append(f"trainer={TRAINERS[value]}")
+        elif key == "loss.importance_sampling":
+            if value.lower() not in NEUTRAL:
+                out.append("weighting=importance")
+        elif key == "loss.dpowts":
+            if value.lower() not in NEUTRAL:
+                raise UserError(
+                    "loss.dpowts=true set 0.5 for every group whatever their number; "
+                    "use weighting=importance weighting.imp_weights=[0.5,0.5]"
+                )
+        elif key in RETIRED:
+            if value.lower() not in NEUTRAL:
+                raise UserError(f"{key}={value}: this key is gone; {RETIRED[key]}")
+            log.info("%s=%s has no meaning here and is passed over: %s", key, value, RETIRED[key])
+        elif key == "loss.divide_by_totalcount":
+            if value.lower() in NEUTRAL:
+                out.append("weighting.normalizer=in_batch_mean")  # true is our default
+        elif key in RENAMED:
+            # a neutral value says what a part without that key does anyway
+            if value.lower() not in NEUTRAL:
+                out.append(f"{RENAMED[key]}={value}")
+        else:
+            out.append(word)
+    return out

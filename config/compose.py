@@ -1,0 +1,284 @@
+"""Command line -> one validated, typed description of a run. The only place that sees Hydra's config object."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from config.aliases import split_flags, translate
+from config.build import MISSING, build, load_class
+from config.schema import Config, DataConfig
+from utils import UserError, content_hash, did_you_mean
+
+CONFIG_DIR = Path(__file__).resolve().parent
+GROUPS = ("model", "loss", "weighting", "stopping", "trainer", "experiment")
+# where a run is written and how it is watched: may differ between two starts of the same run
+NOT_IDENTITY = (
+    "run_root", "run_dir", "exp_name", "fresh", "resume", "resume_from", "resume_allow", "audit", "wandb", "multirun_keys",
+    "reference_cache", "reference_check", "eval_batch_size", "checkpoint", "num_threads", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One entry of ``datasets``: its name as typed, the module data/<source>.py, and that module's Settings."""
+
+    name: str
+    source: str
+    settings: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is: typed settings, built parts, and the resolved plain config that is written to disk."""
+
+    config: Config
+    loss: Any
+    weighting: Any
+    stopping: Any
+    model: Any
+    datasets: tuple[DatasetSpec, ...]
+    plain: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part of the config that decides the numbers."""
+        return {k: v for k, v in self.plain.items() if k not in NOT_IDENTITY}
+
+    @property
+    def config_hash(self) -> str:
+        return content_hash(self.identity)
+
+    @property
+    def config_hash_no_seed(self) -> str:
+        """Equal for runs that differ in the seed alone (or in an archive that differs in its seed alone)."""
+        plain = {k: v for k, v in self.identity.items() if k != "seed"}
+        plain["model"] = dict(plain["model"], archive=bool(plain["model"].get("archive")))
+        return content_hash(plain)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def options(group: str) -> list[str]:
+    """Names of config/<group>/*.yaml."""
+    return sorted(p.stem for p in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def prepare(argv: list[str]) -> list[str]:
+    """Words as typed -> words for Hydra: aliases translated, group names checked, keys forced so that a key Hydra does
+    not know reaches our own message ("did you mean") instead of its."""
+    flags, overrides = split_flags(argv)
+    overrides = translate(overrides)
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
+    words, swept = [], []
+    last = {override.key_or_group: i for i, override in enumerate(parsed)}
+    for i, override in enumerate(parsed):
+        key = override.key_or_group
+        if last[key] != i:
+            continue  # the last word on a key counts, as for scripts that put their defaults before "$@"
+        if override.is_sweep_override():
+            swept.append(key)
+        if key in GROUPS and not key.startswith("hydra"):
+            for value in _choices(override):
+                if value is not None and value not in options(key):
+                    raise UserError(
+                        f"{key}={value}: there is no config/{key}/{value}.yaml{did_you_mean(str(value), options(key))}; "
+                        f"known: {', '.join(options(key))}"
+                    )
+            words.append(override.input_line.lstrip("+"))
+        elif override.is_delete() or key.startswith("hydra"):
+            words.append(override.input_line)
+        else:
+            words.append("++" + override.input_line.lstrip("+"))
+    if swept:
+        words.append(f"++multirun_keys=[{','.join(swept)}]")
+    return flags + words
+
+
+def _choices(override: Any) -> list[Any]:
+    if override.is_sweep_override():
+        return [str(v) for v in override.sweep_string_iterator()]
+    value = override.value()
+    return [value if value is None else str(value)]
+
+
+def compose(argv: list[str]) -> Run:
+    """A validated Run from override words, without Hydra's entry (tests, commands)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    words = prepare(argv)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        try:
+            cfg = hydra_compose("config", overrides=words)
+        except HydraException as error:
+            raise UserError(f"cannot compose the configuration: {_first_line(error)}") from error
+    return resolve(cfg)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ------------------------------------------------------------------------------------------------ config -> Run
+
+
+def resolve(cfg: DictConfig) -> Run:
+    """Check everything that can be checked before data or models are touched.
+
+    Raises UserError with all problems that were found, one a line.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from error
+    plain.pop("experiment", None)
+    _name_multirun(plain)
+    problems: list[str] = []
+
+    def attempt(make, *args):
+        try:
+            return make(*args)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    parts = {name: plain.get(name) for name in ("model", "loss", "weighting", "stopping")}
+    top = {k: v for k, v in plain.items() if k not in parts}
+    datasets = attempt(_datasets, plain) or ()
+    if isinstance(top.get("data"), Mapping):
+        known = set(DataConfig.__dataclass_fields__)
+        top["data"] = {k: v for k, v in plain["data"].items() if k in known}
+    config = attempt(build, Config, top, "")
+    loss = attempt(_part, "loss", parts["loss"], ("losses",))
+    weighting = attempt(_part, "weighting", parts["weighting"], ("weighting",))
+    stopping = attempt(_part, "stopping", parts["stopping"], ("engine.stopping",))
+    model = attempt(_model, parts["model"])
+    if problems:
+        raise UserError("\n".join(problems))
+    run = Run(config, loss, weighting, stopping, model, datasets, plain)
+    _cross_check(run)
+    return run
+
+
+def _name_multirun(plain: dict[str, Any]) -> None:
+    """A job of a multirun writes to run_dir/<swept key=value,...>/seed=<seed>."""
+    keys = plain.get("multirun_keys") or []
+    names = []
+    for key in sorted(keys, key=lambda k: (k == "seed", k)):
+        value: Any = plain
+        for word in key.split("."):
+            value = value.get(word) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping):
+            value = value.get("name")
+        names.append(f"{key}={value}")
+    if names:
+        plain["run_dir"] = "/".join([str(plain["run_dir"]), *(n.replace("/", "_") for n in names)])
+
+
+def _part(group: str, values: Any, packages: tuple[str, ...]) -> Any:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{group}={values}: choose one of {', '.join(options(group))}")
+    values = dict(values)
+    values.pop("name", None)
+    path = values.pop("class", None)
+    if path is None:
+        raise UserError(f"{group}.class is missing")
+    cls = load_class(path, packages, f"{group}.class")
+    return build(cls, values, f"{group}.")
+
+
+def _model(values: Any) -> Any:
+    from engine.models import ModelSpec
+
+    if not isinstance(values, Mapping):
+        raise UserError(f"model={values}: choose one of {', '.join(options('model'))}")
+    return build(ModelSpec, values, "model.")
+
+
+def dataset_file(name: str) -> Path:
+    """config/dataset/<name>.yaml, or of the name's stem: goqa_3 -> goqa, oqa_SEX_Male -> oqa."""
+    stem = name
+    while stem:
+        path = CONFIG_DIR / "dataset" / f"{stem}.yaml"
+        if path.is_file():
+            return path
+        stem = stem.rpartition("_")[0]
+    known = options("dataset")
+    raise UserError(f"datasets: unknown name {name!r}{did_you_mean(re.sub(r'_.*', '', name), known)}; known: {', '.join(known)}")
+
+
+def _datasets(plain: dict[str, Any]) -> tuple[DatasetSpec, ...]:
+    """Merge config/dataset/<name>.yaml with data.<name>.* for every name; write the result back into ``plain``."""
+    names, data = plain.get("datasets"), plain.get("data")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"datasets={names}: must be a list of names, e.g. datasets=[hh]")
+    if not isinstance(data, Mapping):
+        raise UserError(f"data={data}: must be a mapping")
+    common = set(DataConfig.__dataclass_fields__)
+    stray = [k for k in data if k not in common and k not in names]
+    if stray:
+        raise UserError(
+            "\n".join(
+                f"unknown key data.{k}{did_you_mean(k, [*common, *names])}; data.<name>.* is for the names in datasets={names}"
+                for k in stray
+            )
+        )
+    specs = []
+    for name in names:
+        values = yaml.safe_load(dataset_file(name).read_text(encoding="utf-8"))
+        given = data.get(name) or {}
+        if not isinstance(given, Mapping):
+            raise UserError(f"data.{name}={given}: must be a mapping, e.g. data.{name}.path=FILE")
+        values.pop("name", None)
+        source = values.pop("source")
+        given = {k: v for k, v in given.items() if k not in ("name", "source")}
+        merged = {**values, **given}
+        unknown = [k for k in given if k not in values]
+        if unknown:
+            k = unknown[0]
+            raise UserError(f"unknown key data.{name}.{k}{did_you_mean(k, values)}; keys: {', '.join(values)}")
+        settings = build(importlib.import_module(f"data.{source}").Settings, merged, f"data.{name}.")
+        plain["data"][name] = {"name": name, "source": source, **merged}
+        specs.append(DatasetSpec(name, source, settings))
+    return tuple(specs)
+
+
+def _cross_check(run: Run) -> None:
+    """What depends on two parts at once."""
+    needs, config = run.loss.needs, run.config
+    loss = run.plain["loss"]["name"]
+    if needs.reference and config.assert_sft_step and run.model.archive is None and not config.audit:
+        raise UserError(
+            f"loss={loss} compares with a reference, which should be an SFT model: give model.archive=RUN/LATEST "
+            "(a run, checkpoint, HF directory, .safetensors or policy.pt), or assert_sft_step=false to use the "
+            "model's own weights"
+        )
+    if not needs.trains and not config.eval_only_once:
+        raise UserError(f"loss={loss} only evaluates: add eval_only_once=true")
+    if config.data.mix_weights is not None:
+        unknown = [k for k in config.data.mix_weights if k not in config.datasets]
+        missing = [k for k in config.datasets if k not in config.data.mix_weights]
+        if unknown or missing:
+            raise UserError(
+                f"data.mix_weights={config.data.mix_weights}: needs one positive weight for each of datasets={config.datasets}"
+            )
+
+
+__all__ = ["CONFIG_DIR", "MISSING", "DatasetSpec", "Run", "compose", "options", "prepare", "resolve"]

@@ -1,0 +1,161 @@
+"""Types of config/config.yaml. What each key means is said there, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    name: str
+    parallel: Literal["none", "fsdp", "ddp"]
+    nproc: int | None
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    layout: Literal["shared_prefix", "padded"]
+    chunk_tokens: int | None
+    verify: bool
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    keep: int
+    merge_lora: bool
+
+    def __post_init__(self) -> None:
+        if self.keep < 2:
+            raise UserError(f"checkpoint.keep={self.keep}: must be at least 2, because the newest may be the one that fails")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    enabled: bool
+    project: str
+    entity: str | None
+    tags: list[str]
+    legacy_names: bool
+    artifact: bool
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    bos: Literal["auto", "always", "never"]
+    tokenize: Literal["separate", "joint"]
+    on_bad_row: Literal["raise", "quarantine"]
+    max_bad_fraction: float
+    mix_weights: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """The typed top level. The parts (model, loss, weighting, stopping, data sets) are objects of their own classes."""
+
+    seed: int
+    exp_name: str
+    run_root: str
+    run_dir: str
+    multirun_keys: list[str]
+    fresh: bool
+    resume: Literal["auto", "must", "never"]
+    resume_from: str | None
+    resume_allow: list[str]
+    audit: bool
+    device: str
+    num_threads: int | None
+    datasets: list[str]
+    data: DataConfig
+    truncation: Literal["keep_start", "keep_end", "drop", "error"] | None
+    max_length: int
+    max_prompt_length: int
+    sep_pairs: bool
+    weighted_batches: bool
+    batch_size: int
+    eval_batch_size: int
+    gradient_accumulation_steps: int
+    microbatch_tokens: int | None
+    n_epochs: int | None
+    n_examples: int | None
+    n_eval_examples: int | None
+    eval_every: int
+    save_every: int | None
+    do_first_eval: bool
+    eval_splits: list[Literal["train", "validation", "test"]]
+    eval_train_data: bool
+    eval_only_once: bool
+    sample_during_eval: bool
+    n_eval_model_samples: int
+    sample_max_new_tokens: int | None
+    lr: float
+    optimizer: str
+    optimizer_options: dict[str, Any]
+    weight_decay: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: int | None
+    max_grad_norm: float | None
+    precision: Literal["fp32", "bf16"]
+    activation_checkpointing: bool
+    assert_sft_step: bool
+    reference: Literal["auto", "live", "cached"]
+    reference_cache: str
+    reference_check: int
+    scoring: ScoringConfig
+    checkpoint: CheckpointConfig
+    nonfinite: Literal["raise", "skip"]
+    max_consecutive_nonfinite: int
+    spike_factor: float | None
+    wandb: WandbConfig
+    trainer: TrainerConfig = field(repr=False)
+
+    def __post_init__(self) -> None:
+        problems = [p for p in self._problems() if p]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _problems(self):
+        for key in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "eval_every"):
+            if getattr(self, key) < 1:
+                yield f"{key}={getattr(self, key)}: must be at least 1"
+        for key in ("n_epochs", "n_examples", "n_eval_examples", "save_every", "microbatch_tokens", "num_threads"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                yield f"{key}={value}: must be at least 1, or null"
+        if self.n_epochs is None and self.n_examples is None:
+            yield "n_epochs=null n_examples=null: give one of them, or the run would never end"
+        if self.max_prompt_length >= self.max_length:
+            yield (
+                f"max_prompt_length={self.max_prompt_length}: must be below max_length={self.max_length}, "
+                "or no response token would fit"
+            )
+        if self.microbatch_tokens is not None and self.gradient_accumulation_steps != 1:
+            yield (
+                f"microbatch_tokens={self.microbatch_tokens} gradient_accumulation_steps={self.gradient_accumulation_steps}: "
+                "both say how a step is cut; set one"
+            )
+        if not self.datasets:
+            yield "datasets=[]: name at least one data set, e.g. datasets=[opinions]"
+        if len(set(self.datasets)) != len(self.datasets):
+            yield f"datasets={self.datasets}: a name is there twice"
+        if not self.lr > 0:
+            yield f"lr={self.lr}: must be > 0"
+        if self.data.mix_weights is not None and self.weighted_batches:
+            yield "data.mix_weights and weighted_batches=true both decide what is drawn; set one"
+
+    def check_world(self, world_size: int) -> None:
+        """Raise UserError if the step cannot be cut evenly over accumulation and ranks."""
+        if self.microbatch_tokens is not None:
+            return
+        parts = self.gradient_accumulation_steps * world_size
+        if self.batch_size % parts:
+            low, high = self.batch_size // parts * parts, (self.batch_size // parts + 1) * parts
+            near = f"{low} or {high}" if low else str(high)
+            raise UserError(
+                f"batch_size={self.batch_size}: is not divisible by gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} x {world_size} ranks; nearest: {near}"
+            )

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Set up .venv and run the tests. `--slow` adds the long sweeps; other arguments go to pytest.
+set -eu
+cd "$(dirname "$0")/.."
+sh scripts/setup.sh requirements-dev.txt
+slow='not slow and not gpu'
+if [ "${1:-}" = --slow ]; then
+    slow='not gpu'
+    shift
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/python -m pytest -q -m "$slow" "$@"

@@ -1,0 +1,209 @@
+"""The command line: what users type, what they get wrong, and what they are told."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config.build import build
+from config.compose import CONFIG_DIR, compose, options, prepare
+from config.schema import Config, DataConfig
+from utils import UserError
+
+ROOT = CONFIG_DIR.parent
+
+
+def told(*words: str) -> str:
+    with pytest.raises(UserError) as error:
+        compose(list(words))
+    return str(error.value)
+
+
+def test_the_bare_default_composes():
+    run = compose([])
+    assert run.plain["loss"]["name"] == "sft" and run.config.datasets == ["opinions"]
+    assert run.config.lr == run.model.lr
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("loss.betta=1", "did you mean 'beta'"),
+        ("batchsize=4", "did you mean 'batch_size'"),
+        ("loss=dppo", "did you mean 'dpo'"),
+        ("model=gema-2b", "did you mean 'gemma-2b'"),
+        ("datasets=[opinion]", "did you mean 'opinions'"),
+        ("data.opinions.num_trian=3", "did you mean 'num_train'"),
+        ("data.opinons.num_train=3", "did you mean 'opinions'"),
+        ("batch_size=abc", "must be an integer"),
+        ("batch_size=1.5", "must be an integer"),
+        ("lr=fast", "must be a number"),
+        ("do_first_eval=1", "must be true or false"),
+        ("precision=bf61", "did you mean 'bf16'"),
+        ("n_epochs=null", "n_examples=null"),
+        ("max_prompt_length=512", "must be below max_length"),
+        ("loss=grpo", "group RELATIVE"),
+        ("trainer=TensorParallelTrainer", "FSDPTrainer"),
+        ("wandb.key=abc", "WANDB_API_KEY"),
+        ("local_dirs=[/scr]", "run_root"),
+    ],
+)
+def test_a_mistake_gets_one_message_with_the_fix(word, says):
+    extra = ["loss=dpo", "loss.beta=0.1", "assert_sft_step=false"] if word.startswith("loss.") else []
+    assert says in told(*extra, word)
+
+
+def test_a_missing_beta_names_the_key():
+    assert "loss.beta is required" in told("loss=dpo", "model.archive=x")
+
+
+def test_a_preference_loss_wants_an_sft_archive():
+    assert "model.archive=" in told("loss=dpo", "loss.beta=0.1")
+    compose(["loss=dpo", "loss.beta=0.1", "assert_sft_step=false"])
+
+
+def test_all_problems_are_told_at_once():
+    message = told("loss=ipo", "batch_size=0", "lr=x", "nonsense=1")
+    assert all(word in message for word in ("loss.beta", "lr=x", "nonsense"))
+
+
+def test_an_indivisible_batch_names_the_nearest_sizes():
+    with pytest.raises(UserError, match="nearest: 24 or 32"):
+        compose(["batch_size=30", "gradient_accumulation_steps=4"]).config.check_world(2)
+
+
+def test_the_original_repository_s_readme_command_composes(tmp_path):
+    run = compose(
+        "model=tiny datasets=[hh] data.hh.path=FILE loss=dpo loss.beta=0.1 exp_name=x gradient_accumulation_steps=2 "
+        "batch_size=64 eval_batch_size=32 trainer=BasicTrainer sample_during_eval=false model.archive=RUN/LATEST".split()
+    )
+    assert run.loss.beta == 0.1 and run.datasets[0].settings.path == "FILE" and run.config.run_dir == "runs/x"
+
+
+@pytest.mark.parametrize("name", ["gr_dpo", "gr_ipo", "rdpo", "ripo", "gripo"])
+def test_group_robust_names_are_a_base_loss_and_a_weighting(name):
+    run = compose([f"loss={name}", "loss.beta=0.2", "loss.step_size=0.3", "assert_sft_step=false"])
+    assert type(run.weighting).__name__ == "GroupRobust" and run.weighting.step_size == 0.3
+    assert type(run.loss).__name__ == ("DPO" if "dpo" in name else "IPO")
+
+
+def test_the_group_robust_repository_s_keys_are_understood():
+    run = compose(
+        "loss=ripo loss.beta=0.01 loss.step_size=5e-7 loss.divide_by_totalcount=true loss.adaptive_step_size=true "
+        "loss.step_factor=0.5 loss.importance_sampling=false loss.imp_weights=false loss.adj=0 loss.dpowts=false "
+        "trainer=GroupTrainerEarlyStop scheduler_metric=loss patience_factor=2 min_lr=1e-8 eval_every=960 "
+        "fsdp_port=null assert_sft_step=false".split()
+    )
+    assert run.weighting.adaptive_step_size and run.weighting.step_factor == 0.5
+    assert type(run.stopping).__name__ == "Plateau" and run.stopping.min_lr == 1e-8
+
+
+def test_gnu_style_flags_become_overrides():
+    assert prepare(["--model.archive", "X", "--lr", "1", "--multirun"]) == ["--multirun", "++model.archive=X", "++lr=1"]
+    assert prepare(["--model_archive=Y", "--model", "tiny"]) == ["++model.archive=Y", "model=tiny"]
+
+
+def test_the_last_word_on_a_key_counts():
+    assert prepare(["model=gemma-2b", "lr=1", "model=tiny", "lr=2"]) == ["model=tiny", "++lr=2"]
+
+
+def test_a_multirun_names_its_directories_with_the_seed_last():
+    words = prepare(["-m", "seed=0,1", "loss=sft,ipo"])
+    assert "++multirun_keys=[seed,loss]" in words
+    run = compose(["multirun_keys=[seed,loss]", "seed=1", "exp_name=e"])
+    assert run.config.run_dir == "runs/e/loss=sft/seed=1"
+
+
+def test_code_outside_the_losses_cannot_be_named():
+    assert "must be a class of losses" in told("loss.class=os.system")
+
+
+def test_runs_that_differ_in_seed_alone_share_a_group():
+    a, b, c = compose(["seed=1"]), compose(["seed=2"]), compose(["lr=0.5"])
+    assert a.config_hash != b.config_hash and a.config_hash_no_seed == b.config_hash_no_seed
+    assert a.config_hash_no_seed != c.config_hash_no_seed
+
+
+def test_where_a_run_is_written_does_not_change_what_it_is():
+    assert compose(["exp_name=a"]).config_hash == compose(["exp_name=b", "run_root=elsewhere"]).config_hash
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIG_DIR)))
+def test_every_key_of_every_config_file_has_a_comment(path):
+    """A comment on the key's line, or on the lines above it (which may serve several keys)."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    exempt = ("name:", "defaults:", "hydra:", "class:", "source:", "- ")
+    for number, line in enumerate(lines):
+        text = line.strip()
+        if not text or text.startswith(("#", *exempt)) or line.startswith("  ") and path.name != "config.yaml":
+            continue
+        if path.parent.name in ("trainer", "loss", "experiment") and "@package _global_" in lines[0]:
+            continue
+        if path.name == "config.yaml" and number > next(i for i, t in enumerate(lines) if t.startswith("hydra:")):
+            continue
+        above = lines[number - 1].strip() if number else ""
+        commented = "#" in text or above.startswith("#")
+        if line.startswith("  "):  # a key of a commented block
+            block = next(t for t in reversed(lines[:number]) if t and not t.startswith(" "))
+            commented = commented or "#" in block
+        assert commented, f"{path.name}:{number + 1}: {text}"
+
+
+def _config_attributes() -> set[str]:
+    """Names read as attributes anywhere in the program."""
+    names = set()
+    for path in [ROOT / "assembly.py", ROOT / "trainers.py", ROOT / "train.py", *(ROOT / "config").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif path.name == "schema.py" and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value)
+    return names
+
+
+def test_every_key_of_the_top_level_is_read():
+    read = _config_attributes() | {"run_root", "multirun_keys"}  # these two are read while composing: they name run_dir
+    unread = [name for cls in (Config, DataConfig) for name in cls.__dataclass_fields__ if name not in read]
+    assert not unread
+
+
+def test_the_schema_and_the_yaml_have_the_same_keys():
+    saved = yaml.safe_load((CONFIG_DIR / "config.yaml").read_text(encoding="utf-8"))
+    saved = {k for k in saved if k not in ("defaults", "hydra")} | {"trainer"}
+    assert saved == set(Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", [p.stem for p in (CONFIG_DIR / "experiment").glob("*.yaml")])
+def test_every_experiment_composes(name):
+    compose([f"experiment={name}", "assert_sft_step=false"])
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_composes(name):
+    extra = ["model.name_or_path=x"] if name == "blank_model" else []
+    compose([f"model={name}", *extra])
+
+
+@pytest.mark.parametrize("name", options("trainer"))
+def test_every_trainer_preset_composes(name):
+    assert compose([f"trainer={name}"]).config.trainer.name == name
+
+
+def test_build_converts_and_refuses():
+    @dataclass(frozen=True)
+    class Settings:
+        rate: float
+        names: list[str]
+        limit: int | None = None
+
+    assert build(Settings, {"rate": 1, "names": ["a"], "limit": None}, "x.") == Settings(1.0, ["a"])
+    with pytest.raises(UserError, match="x.rate=True: must be a number"):
+        build(Settings, {"rate": True, "names": []}, "x.")
+    with pytest.raises(UserError, match="x.names=a: must be a list"):
+        build(Settings, {"rate": 1, "names": "a"}, "x.")
+
+

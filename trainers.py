@@ -1,0 +1,336 @@
+"""THE training loop. It knows no loss, no weighting and no layout by name: it asks each part what it needs.
+
+One optimizer step, whatever the micro-batches, ranks and memory layout, is ``Trainer.step``; everything else decides
+when to evaluate, save and stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config.schema import Config
+from data.plan import Plan, micro_batches
+from data.schema import Batch, Row
+from engine import checkpoint
+from engine.evaluation import Evaluation, Evaluator
+from engine.faults import crash_point
+from engine.guards import NonFiniteGuard, SignalFlag, SpikeGuard
+from engine.metrics import MetricsLog
+from engine.optim import Schedule, clip_gradients, optimizer_tensors
+from engine.parallel import World, full_tensor
+from engine.stopping import Decision
+from losses.types import Loss
+from utils import log
+
+
+@dataclass
+class Parts:
+    """What a trainer is made of; train.py builds it."""
+
+    config: Config
+    world: World
+    run_dir: Path
+    policy: torch.nn.Module  # the Scorer
+    reference: Callable[[Batch, Sequence[str]], Any] | None
+    loss: Loss
+    weighting: Any
+    stopper: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    plan: Plan
+    rows: Sequence[Row]
+    evaluator: Evaluator
+    metrics: MetricsLog
+    model_writer: Callable[[], Callable[[Path], None]]  # gathers the weights (collective), returns their writer
+    read_model: Callable[[Path], None]
+    facts: Mapping[str, Any]  # what bit-exactness depends on, written into every checkpoint's manifest
+    extra_state: Mapping[str, Any]  # constants of the run that a continuation needs
+
+
+class StepSums:
+    """Per-group sums and counts of per-example metrics over one optimizer step, in float64; NaN is "not defined"."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self.tables: dict[str, Tensor] = {}  # name -> (2, G): sums, counts
+
+    def add(self, group: Tensor, values: Mapping[str, Tensor], live: bool) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            defined = ~torch.isnan(value) if live else torch.zeros_like(value, dtype=torch.bool)
+            stacked = torch.stack([torch.where(defined, value, 0.0), defined.double()])
+            table = self.tables.setdefault(
+                name, torch.zeros(2, self.num_groups, dtype=torch.float64, device=value.device)
+            )
+            table.index_add_(1, group, stacked)
+
+    def reduce(self, world: World) -> None:
+        names = sorted(self.tables)
+        total = world.sum(torch.stack([self.tables[n] for n in names])).cpu()
+        self.tables = dict(zip(names, total, strict=True))
+
+    def sums(self, name: str) -> Tensor:
+        return self.tables[name][0]
+
+    def means(self, prefix: str, groups: Sequence[str], skip: Sequence[str] = ()) -> dict[str, float]:
+        """Means over examples, overall and per group; what has count 0 is left out."""
+        out: dict[str, float] = {}
+        for name, (sums, counts) in self.tables.items():
+            if name in skip:
+                continue
+            if counts.sum() > 0:
+                out[f"{prefix}/{name}"] = float(sums.sum() / counts.sum())
+            if len(groups) > 1:
+                for g, label in enumerate(groups):
+                    if counts[g] > 0:
+                        out[f"{prefix}/{name}/group_{label}"] = float(sums[g] / counts[g])
+        return out
+
+
+class Trainer:
+    """``train()`` runs to the end, a stop, or a signal. State that changes is in ``state_dict`` and in the checkpoint;
+    the data position is not, because the plan computes it from the step."""
+
+    def __init__(self, parts: Parts, groups: Sequence[str]) -> None:
+        self.parts, self.groups = parts, tuple(groups)
+        self.__dict__.update(
+            {name: getattr(parts, name) for name in ("config", "world", "policy", "reference", "loss", "weighting")}
+        )
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.step_count = 0  # optimizer updates done
+        self.examples = 0  # rows consumed
+        self.guard = NonFiniteGuard(parts.run_dir, self.config.nonfinite, self.config.max_consecutive_nonfinite)
+        self.spike = SpikeGuard(self.config.spike_factor, run_dir=parts.run_dir)
+        self.last_evaluation: dict[str, Evaluation] = {}
+        self.evaluated_at = -1
+        self.saved_at = -1
+        self.exit_code = 0
+
+    # -------------------------------------------------------------------------------------------- one step
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step over ``plan.step_rows``: the same rows give the same update, however they are cut."""
+        config, world, needs = self.config, self.world, self.loss.needs
+        indices = self.parts.plan.step_rows(self.step_count)
+        parts = self.micro_batches(indices)
+        units, group_counts, num_examples = self.count(indices)  # before any forward
+        sums, seen = StepSums(len(self.groups)), []
+        for part, live in world.share(parts):
+            batch = Batch.collate([self.parts.rows[i] for i in part])
+            with autocast(config.precision, world.device):
+                reference = self.reference(batch, needs.reference) if needs.reference else None
+                policy = self.policy(batch, needs.policy, needs.tokens)
+                out = self.loss(policy, reference, batch)
+            group, weight = batch.group.to(out.losses.device), batch.weight.to(out.losses)
+            weighted = weight * out.losses
+            robust = self.weighting.weights(group, group_counts, len(part)).to(out.losses)
+            objective = (robust * weighted).sum() / units
+            (objective * (world.gradient_scale if live else 0.0)).backward()
+            values = {"loss": weighted, "objective": robust * weighted, **out.metrics}
+            sums.add(group, values, live)
+            seen.append((part, out.losses.detach()))
+        world.sum_gradients(self.parameters)
+        norm = clip_gradients(self.parameters, config.max_grad_norm)
+        sums.reduce(world)
+        loss_sums = sums.sums("loss")
+        broken = world.any(not (math.isfinite(norm) and bool(torch.isfinite(loss_sums).all())))
+        uids = self.blame(seen) if broken else [self.parts.rows[i].uid for i in indices]
+        facts = {"loss": float(loss_sums.sum()), "grad_norm": norm}
+        applied = self.guard.check(not broken, self.step_count + 1, uids, facts)  # raises before any parameter moves
+        lr = self.parts.schedule.set(self.parts.optimizer, self.step_count)
+        metrics = sums.means("train", self.groups, skip=("objective",))
+        if applied:
+            self.parts.optimizer.step()
+            self.weighting.update(loss_sums, group_counts, num_examples)
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        self.examples += num_examples
+        metrics["train/loss"] = float(loss_sums.sum()) / units
+        metrics["train/objective"] = float(sums.sums("objective").sum()) / units
+        self.spike.update(self.step_count, metrics["train/loss"], norm, uids)
+        counters = {"skipped_steps": self.guard.skipped, "spikes": self.spike.count}
+        return metrics | {f"train/{k}": v for k, v in self.weighting.metrics().items()} | {
+            "grad_norm": norm, "lr": lr, **{k: float(v) for k, v in counters.items()},
+        }  # fmt: skip
+
+    def blame(self, seen: Sequence[tuple[Sequence[int], Tensor]]) -> list[str]:
+        """Examples whose loss is not finite; all of the step if only the gradient is to blame."""
+        found = [[self.parts.rows[i].uid for i in part] for part, _ in seen]
+        bad = [u for uids, (_, losses) in zip(found, seen, strict=True) for u, ok in zip(uids, losses.isfinite(), strict=True) if not ok]
+        return self.world.gather(bad) or self.world.gather([u for uids in found for u in uids])
+
+    def micro_batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """The step's fixed cut: by count for accumulation and ranks, or by tokens."""
+        config = self.config
+        if config.microbatch_tokens is not None:
+            return micro_batches(self.parts.rows, indices, tokens=config.microbatch_tokens)
+        return micro_batches(self.parts.rows, indices, num_micro=config.gradient_accumulation_steps * self.world.size)
+
+    def count(self, indices: Sequence[int]) -> tuple[float, Tensor, int]:
+        """(what the loss averages over: examples or response tokens, (G,) examples per group, examples) of the step."""
+        needs, rows = self.loss.needs, self.parts.rows
+        counts = torch.zeros(len(self.groups), dtype=torch.float64)
+        for i in indices:
+            counts[rows[i].group] += 1
+        units = float(len(indices))
+        if needs.unit == "token":
+            units = float(
+                sum(
+                    len(ids)
+                    for i in indices
+                    for ids, role in zip(rows[i].responses, rows[i].roles, strict=True)
+                    if role in needs.policy
+                )
+            )
+        return units, counts, len(indices)
+
+    # -------------------------------------------------------------------------------------------- the run
+
+    def train(self) -> str:
+        """Run until the plan ends ("finished"), the stopper says so ("stopped"), or a signal ("signal")."""
+        config, plan = self.config, self.parts.plan
+        save_every = config.save_every or config.eval_every
+        if self.step_count == 0 and config.do_first_eval:
+            self.evaluate(config.eval_splits)
+        bar = progress(plan.num_examples, self.examples, self.world.is_main)
+        with SignalFlag() as signal, bar:
+            while self.step_count < plan.num_steps:
+                start, before = time.perf_counter(), self.examples
+                metrics = self.step()
+                seconds = time.perf_counter() - start
+                self.write("train", metrics | {"examples_per_second": (self.examples - before) / seconds})
+                bar.update(self.examples - before)
+                bar.set_postfix(loss=f"{metrics['train/loss']:.4g}", refresh=False)
+                crash_point("after_step")
+                last = self.step_count == plan.num_steps
+                decision = None
+                if not last and crosses(before, self.examples, config.eval_every):
+                    decision = self.evaluate(config.eval_splits)
+                stop = decision is not None and decision.stop
+                flagged = self.world.any(signal.is_set)
+                if flagged or stop or (not last and crosses(before, self.examples, save_every)):
+                    self.save()
+                if flagged:
+                    self.exit_code = signal.exit_code or 143
+                    return "signal"
+                if stop:
+                    return "stopped"
+        return "finished"
+
+    def evaluate(self, splits: Sequence[str]) -> Decision:
+        """Evaluate ``splits`` (those that exist), log, and ask the stopper what it means."""
+        metrics: dict[str, float] = {}
+        for split in splits:
+            if split in self.parts.evaluator.splits:
+                with autocast(self.config.precision, self.world.device):
+                    found = self.parts.evaluator.run(split, self.policy, self.examples)
+                self.last_evaluation[split] = found
+                self.write("eval", found.metrics, split=found.prefix)
+                metrics |= found.metrics
+        self.parts.evaluator.sample(self.policy, self.examples)
+        self.evaluated_at = self.examples
+        decision = self.parts.stopper.update(metrics, self.step_count, self.examples)
+        self.parts.schedule.scale = decision.lr_scale
+        if decision.cut:
+            self.weighting.on_lr_cut()
+        if decision.is_best and self.parts.stopper.restores_best:
+            self.save()  # or there would be nothing to restore
+        return decision
+
+    def finish(self) -> None:
+        """Restore the best weights if asked to, evaluate every split once, save."""
+        best = self.parts.stopper.best_examples() if self.parts.stopper.restores_best else None
+        if best is not None and best != self.examples:
+            log.info("restoring the best checkpoint, step-%d", best)
+            self.parts.read_model(self.parts.run_dir / f"step-{best}")
+            self.evaluated_at = -1
+        missing = [s for s in self.parts.evaluator.splits if s not in self.last_evaluation]
+        if self.evaluated_at != self.examples or missing:
+            self.evaluate(list(self.parts.evaluator.splits))
+        self.save()
+
+    # -------------------------------------------------------------------------------------------- records, state
+
+    def write(self, kind: str, values: Mapping[str, float], **more: Any) -> None:
+        """One line of metrics.jsonl."""
+        epoch = self.parts.plan.epoch_of(max(self.step_count - 1, 0))
+        self.parts.metrics.write(
+            kind, step=self.step_count, examples=self.examples, values=values, epoch=epoch, time=time.time(), **more
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes and cannot be computed, as JSON-able values (the optimizer's tensors aside)."""
+        return {
+            **self.parts.extra_state,
+            "step": self.step_count,
+            "examples": self.examples,
+            "schedule": self.parts.schedule.state_dict(),
+            "weighting": self.weighting.state_dict(),
+            "stopper": self.parts.stopper.state_dict(),
+            "guard": self.guard.state_dict(),
+            "spike": self.spike.state_dict(),
+            "metrics": self.parts.metrics.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step_count, self.examples = state["step"], state["examples"]
+        self.parts.schedule.load_state_dict(state["schedule"])
+        self.weighting.load_state_dict(state["weighting"])
+        self.parts.stopper.load_state_dict(state["stopper"])
+        self.guard.load_state_dict(state["guard"])
+        self.spike.load_state_dict(state["spike"])
+        self.saved_at = self.examples
+        self.evaluated_at = self.examples
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step (once). Gathering is collective, writing is rank 0's."""
+        if self.saved_at == self.examples:
+            return
+        tensors, scalars = optimizer_tensors(
+            self.parts.optimizer, self.policy.named_parameters(), gather=full_tensor
+        )
+        write_model = self.parts.model_writer()
+        if self.world.is_main:
+            checkpoint.save(
+                self.parts.run_dir,
+                self.examples,
+                write_model=write_model,
+                optimizer=tensors,
+                state=self.state_dict() | {"optimizer": scalars},
+                facts=self.parts.facts,
+                keep=self.config.checkpoint.keep,
+                best=self.parts.stopper.best_examples(),
+            )
+        self.world.barrier()
+        self.saved_at = self.examples
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 arithmetic over fp32 weights, or nothing."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def progress(total: int, initial: int, active: bool) -> tqdm:
+    """A bar with rows, rate and ETA; in a log file a line every 30 seconds."""
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, initial=initial, unit="row", desc="train", mininterval=every, disable=not active, dynamic_ncols=True
+    )
+
+
+def crosses(before: int, after: int, every: int) -> bool:
+    """True if a multiple of ``every`` lies in (before, after]."""
+    return after // every > before // every
