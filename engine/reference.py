@@ -65,15 +65,14 @@ class AdapterOffReference:
 # ---------------------------------------------------------------------------------------------- cache
 
 
-def kernel_id(scorer: nn.Module, precision: str = "fp32") -> str:
+def kernel_id(scorer: nn.Module) -> str:
     """What rounding depends on besides weights and dtype: values of another kernel are not used.
 
-    precision: the run's ``precision``; "bf16" when the Scorer runs under autocast.
+    Append ``/bf16`` for a Scorer that runs under autocast.
     """
     attention = scorer.model.config._attn_implementation
     device = next(scorer.model.parameters()).device.type
-    versions = f"torch {torch.__version__}/transformers {transformers.__version__}"
-    return f"{scorer.layout}/{attention}/{device}/{precision}/{versions}"
+    return f"{scorer.layout}/{attention}/{device}/torch {torch.__version__}/transformers {transformers.__version__}"
 
 
 def _key(prompt: np.ndarray, response: np.ndarray) -> bytes:
@@ -128,7 +127,7 @@ class CachedReference:
             batch_tokens,
         )
         self._padded = kernel.startswith("padded")
-        self._limit = CHECK_TOLERANCE[torch.bfloat16 if "/bf16/" in kernel else dtype]
+        self._limit = CHECK_TOLERANCE[torch.bfloat16 if "bf16" in kernel.split("/") else dtype]
         self._factory = scorer_factory
         self._value_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._logps: dict[bytes, float] = {}
