@@ -92,7 +92,9 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
 
     Raises UserError where a panel that is not optional has nothing to draw.
     """
-    panels = _drawable(figure, loaded)
+    panels = drawable(figure, loaded)
+    if not panels:
+        raise UserError("none of the figure's panels has anything to draw in these runs")
     methods = canvas.looks(_methods(panels, loaded, data))
     groups = _group_looks(panels, loaded)
     sheet, axes = canvas.new_figure(len(panels), figure.columns, figure.width)
@@ -133,8 +135,8 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
     return Sheet(sheet, [row for d in drawn for row in d.rows], provenance)
 
 
-def _drawable(figure: Figure, loaded: Loaded | None) -> list[Panel]:
-    """The panels that have something to draw."""
+def drawable(figure: Figure, loaded: Loaded | None) -> list[Panel]:
+    """The panels that have something to draw. Raises UserError for one that has not and is not optional."""
     kept = []
     for panel in figure.panels:
         if panel.kind in FILE_KINDS:
@@ -151,8 +153,6 @@ def _drawable(figure: Figure, loaded: Loaded | None) -> list[Panel]:
                 f"no run logged {panel.metric} of {panel.split} for {group_label(panel.group)!r}"
                 f"{did_you_mean(wanted, known)}; logged: {', '.join(known)}"
             )
-    if not kept:
-        raise UserError("none of the figure's panels has anything to draw in these runs")
     return kept
 
 

@@ -69,14 +69,25 @@ def parse(options: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
     return options.parse_args(words)
 
 
-def parse_words(words: Sequence[str], lists: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` words -> values read as YAML; those of the keys in ``lists`` are split at commas."""
-    values: dict[str, Any] = {}
+def parse_words(words: Sequence[str], lists: Sequence[str], paths: str | None = None) -> dict[str, Any]:
+    """``key=value`` words -> values read as YAML; those of the keys in ``lists`` are split at commas.
+
+    paths  the key that collects words which are no ``key=value``, or which name something that exists (``runs/lr=0.1``)
+    """
+    values: dict[str, Any] = {paths: []} if paths else {}
     for word in words:
         key, mark, text = word.partition("=")
-        if not mark:
+        if paths and (not mark or Path(word).exists() or not key.isidentifier()):
+            values[paths].append(word)
+        elif not mark:
             raise UserError(f"{word}: must be key=value, e.g. out=figures")
-        values[key] = [t for t in text.split(",") if t] if key in lists else yaml.safe_load(text)
+        elif key in lists:
+            whole = (
+                [text] if text and Path(text).exists() else text.split(",")
+            )  # a folder may have a comma in its name
+            values[key] = [*values.get(key, []), *(t for t in whole if t)]
+        else:
+            values[key] = yaml.safe_load(text)
     return values
 
 
