@@ -11,7 +11,7 @@ import torch
 
 from data.schema import Batch, Row
 from engine.models import ModelSpec, build_policy, build_reference, load_tokenizer, save_model
-from engine.parallel import World
+from engine.parallel import World, full_tensor, shard
 from engine.reference import AdapterOffReference, CachedReference, LiveReference, kernel_id, weights_hash
 from engine.scoring import Scorer
 from losses.types import Scored
@@ -164,6 +164,35 @@ def test_the_reference_adapter_gets_no_gradient_and_the_policy_adapter_does(tmp_
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradient
     assert all(".default." in n for n in with_gradient)
+
+
+@pytest.fixture
+def process_group():
+    """One process that believes in ranks, so that parameters are sharded tensors."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("archived", [False, True], ids=["fresh", "continued"])
+def test_a_sharded_lora_policy_still_trains_after_its_reference_ran_first(archived, tmp_path, process_group):
+    """Switching adapters flips requires_grad, which FSDP reads when it first gathers a parameter."""
+    if archived:
+        save_model(perturb(policy(use_lora=True)), load_tokenizer(make_spec()), tmp_path)
+    batch, gradients = Batch.collate(make_rows(4)), []
+    for sharded in (False, True):
+        model = policy(tmp_path if archived else None, use_lora=True)
+        own = Scorer(model)
+        if sharded:
+            shard(own, block_name=None, param_dtype=None)
+        reference = AdapterOffReference(own, model)(batch, PAIR)
+        (own(batch, PAIR).logps - reference.logps).sum().backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append({n: full_tensor(g) for n, g in found.items()})
+    assert len(gradients[0]) == 28
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=0, atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------- cache
