@@ -236,18 +236,27 @@ def load(name: str, settings: Settings, seed: int) -> dict[str, list[Example]]:
 
 
 def generate(split: str, counts: Sequence[int], settings: Settings) -> list[Example]:
-    """Pairs of one split, ``counts[g]`` of group g, the groups in random order."""
+    """Pairs of one split, ``counts[g]`` of group g in random order; topic, wording and wave uniform."""
     rng = stream(settings.data_seed, "opinions", split)
-    order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    return [draw(str(i), GROUPS[g], waves(split), settings, rng) for i, g in enumerate(order)]
+    cells = list(itertools.product(TOPICS, WORDINGS, waves(split)))
+    groups = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    drawn = rng.integers(len(cells), size=len(groups))
+    return [
+        draw(str(i), GROUPS[g], *cells[c], settings, rng)
+        for i, (g, c) in enumerate(zip(groups, drawn, strict=True))
+    ]
 
 
 def draw(
-    uid: str, group: str, allowed: Sequence[tuple[str, str]], settings: Settings, rng: np.random.Generator
+    uid: str,
+    group: str,
+    topic: str,
+    wording: str,
+    wave: tuple[str, str],
+    settings: Settings,
+    rng: np.random.Generator,
 ) -> Example:
-    """One pair: topic, wording and wave uniform, answers from ``pair_law``, label from the preference."""
-    topic, wording = TOPICS[rng.integers(len(TOPICS))], WORDINGS[rng.integers(len(WORDINGS))]
-    month, year = allowed[rng.integers(len(allowed))]
+    """One pair: the answers from ``pair_law``, the label from ``preference_probability``."""
     joint = pair_law(group, topic, wording, settings.distinct_pairs)
     first, second = divmod(int(rng.choice(joint.size, p=joint.ravel())), len(ANSWERS))
     p_first = preference_probability(group, topic, wording, first, second, settings.noise)
@@ -256,7 +265,7 @@ def draw(
         chosen, rejected, p_star = second, first, 1.0 - p_first
     return Example(
         uid=uid,
-        prompt=prompt_of(group, topic, wording, month, year),
+        prompt=prompt_of(group, topic, wording, *wave),
         responses=(("chosen", LETTERS[chosen]), ("rejected", LETTERS[rejected])),
         group=group,
         meta={"p_star": p_star, "topic": topic, "wording": wording, "group": group},
