@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from config.compose import NOT_IDENTITY, Run
 from data.files import ReadSettings
@@ -20,7 +21,7 @@ from data.names import dataset_module
 from data.plan import Plan
 from data.schema import Example, Row
 from data.passport import passport
-from engine import archives, checkpoint, models, parallel, reference, rundir, sampling, scoring
+from engine import checkpoint, models, parallel, reference, rundir, sampling, scoring
 from engine.evaluation import Evaluator, accuracy_interval
 from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
@@ -31,6 +32,7 @@ from trainers import Parts, Trainer, autocast
 from utils import UserError, git_facts, log, stream, versions, write_atomic
 
 ROOT = Path(__file__).resolve().parent
+disable_progress_bar()  # of every small file that transformers writes
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -410,12 +412,7 @@ class _Session:
 
     def read_model(self, path: Path) -> None:
         """The policy's weights from a checkpoint of this run, in place."""
-        stored = archives.read(str(path))
-        if models.is_peft(self.model):
-            archives.load_adapter(self.model, stored, models.POLICY_ADAPTER)
-        else:
-            head = models.HEAD if self.loss.needs.output != "logps" else None
-            archives.load_base(self.model, stored, head=head)
+        models.restore(self.model, path)
 
     def model_writer(self) -> Callable[[Path], None]:
         return lambda path: models.save_model(self.model, self.tokenizer, path)

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from config.compose import Run, prepare, resolve
-from utils import UserError, log, setup_logging
+from utils import UserError, setup_logging
 
 ROOT = Path(__file__).resolve().parent
 
@@ -38,14 +40,25 @@ def launch(run: Run, overrides: list[str]) -> int:
         return child.wait()  # the terminal sent the signal to the ranks as well
 
 
+failures: list[BaseException] = []  # of jobs; Hydra would print its own story about them
+
+
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def task(cfg: DictConfig) -> float | None:
-    """One job: the only one, or one of a multirun. Returns the watched metric, for sweepers."""
+    """One job: the only one, or one of a multirun, whose other jobs go on if it fails."""
+    setup_logging()  # again: Hydra has reset logging
+    try:
+        return job(cfg)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again by main
+        failures.append(error)
+        return None
+
+
+def job(cfg: DictConfig) -> float | None:
+    """Train; the watched metric, for sweepers."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     run = resolve(cfg)
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     if run.config.trainer.parallel != "none" and "RANK" not in os.environ:
         code = launch(run, list(HydraConfig.get().overrides.task))
         if code:
@@ -54,31 +67,29 @@ def task(cfg: DictConfig) -> float | None:
     from assembly import run_training
 
     outcome = run_training(run)
-    if outcome.exit_code and not multirun:
+    if outcome.exit_code:
         raise SystemExit(outcome.exit_code)
     return outcome.metric
 
 
 def main() -> None:
     setup_logging()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, not Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors of composition reach us, not Hydra's printer
     try:
         sys.argv[1:] = prepare(sys.argv[1:])
         task()
+        if failures:
+            raise failures[0]
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Exception as error:
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
+        fail(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
-        if isinstance(error, (HydraException, OmegaConfBaseException)):
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            print(f"error: {first}", file=sys.stderr)
-            raise SystemExit(2) from None
-        log.error("%s: %s", type(error).__name__, error)
-        raise
+
+def fail(message: object) -> None:
+    for line in str(message).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
+    log.disabled = False  # Hydra disables the loggers it finds
     log.setLevel(level if rank() == 0 else logging.WARNING)
 
 
