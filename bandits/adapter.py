@@ -7,7 +7,7 @@ holds empty arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,6 +30,17 @@ class PatternScored(Scored):
 
     def index(self, role: str) -> Tensor:
         return self.positions.get(role, _NOWHERE)
+
+
+@dataclass(frozen=True)
+class PatternBatch(Batch):
+    """The same for a Batch: positions of a role as a tensor, which indexes as the list of the base class does."""
+
+    where: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def positions(self, roles: Sequence[str]) -> Tensor:
+        """(A,) positions of the responses with one of ``roles``, in batch order."""
+        return torch.cat([self.where.get(role, _NOWHERE) for role in roles]).sort().values
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Pattern:
     ) -> Batch:
         """scalars (B,), response_scalars (B, P), token_scalars (B, P, T)."""
         b, s = self.num_examples, self.num_examples * len(self.roles)
-        return Batch(
+        return PatternBatch(
             uids=("bandit",) * b,
             group=torch.zeros(b, dtype=torch.long),
             weight=torch.ones(b),
@@ -92,4 +103,5 @@ class Pattern:
             scalars=dict(scalars or {}),
             response_scalars={n: v.flatten() for n, v in (response_scalars or {}).items()},
             token_scalars={n: v.flatten() for n, v in (token_scalars or {}).items()},
+            where=self._positions,
         )
