@@ -18,18 +18,19 @@ from transformers.utils.logging import disable_progress_bar
 from config.compose import NOT_IDENTITY, Run
 from data.files import ReadSettings
 from data.names import dataset_module
+from data.passport import passport
 from data.plan import Plan
 from data.schema import Example, Row
-from data.passport import passport
-from engine import checkpoint, models, parallel, reference, rundir, sampling, scoring
-from engine.evaluation import Evaluator, accuracy_interval
+from engine import checkpoint, models, parallel, reference, results, rundir, scoring
+from engine.evaluation import Evaluator
 from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
 from engine.parallel import World
+from engine.samples import Sampler
 from losses.types import Loss
 from preference_datasets import Counts, Tokenization, sft_examples, tokenize
 from trainers import Parts, Trainer, autocast
-from utils import UserError, git_facts, log, stream, versions, write_atomic
+from utils import UserError, git_facts, log, versions, write_atomic
 
 ROOT = Path(__file__).resolve().parent
 disable_progress_bar()  # of every small file that transformers writes
@@ -84,7 +85,9 @@ def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
         rows[split], kept[split], source[split] = [], [], []
         for i, (spec, examples) in enumerate(zip(run.datasets, lists, strict=True)):
             check_columns(examples, needs.scalars, spec.name, split)
-            made = tokenize(examples, tokenizer, tokenization(run, spec), groups=groups, roles=roles, counts=counts)
+            made = tokenize(
+                examples, tokenizer, tokenization(run, spec), groups=groups, roles=roles, counts=counts
+            )
             by_uid = {e.uid: e for e in examples}
             rows[split] += made
             kept[split] += [by_uid[row.uid] for row in made]
@@ -162,7 +165,9 @@ def verify_scorer(run: Run, scorer: scoring.Scorer, rows: Sequence[Row]) -> None
             run.loss.needs.policy,
             1e-9 if exact else run.config.scoring.tolerance,
         )
-        log.info("scoring: %s agrees with plain full-logits scoring to %.1e nats per token", scorer.layout, gap)
+        log.info(
+            "scoring: %s agrees with plain full-logits scoring to %.1e nats per token", scorer.layout, gap
+        )
 
 
 def output_dim(run: Run) -> int | None:
@@ -202,7 +207,7 @@ def run_training(run: Run) -> Outcome:
         finished = world.broadcast(_finished(run_dir))
         if finished is not None:
             if world.is_main:
-                print_results(finished, run_dir)
+                sys.stdout.write(results.render(finished, run_dir))
             return Outcome(finished.get("metric"))
         return _Session(run, run_dir, world, stack).run()
 
@@ -257,7 +262,11 @@ class _Session:
     def reference_model(self) -> torch.nn.Module:
         """The frozen reference as a model of its own (LoRA has none: its adapter is switched off)."""
         return models.build_reference(
-            self.spec, archive=self.spec.archive, seed=self.config.seed, device=self.world.device, tokenizer=self.tokenizer
+            self.spec,
+            archive=self.spec.archive,
+            seed=self.config.seed,
+            device=self.world.device,
+            tokenizer=self.tokenizer,
         )
 
     def build_reference(self, scorer: scoring.Scorer, resumed: Mapping[str, Any] | None) -> Callable | None:
@@ -288,7 +297,9 @@ class _Session:
         )
         rows = [row for split, part in self.rows_to_score.items() for row in part]
         with autocast(config.precision, self.world.device):
-            cache.fill(rows, needs.reference, world=self.world, check=0 if resumed else config.reference_check)
+            cache.fill(
+                rows, needs.reference, world=self.world, check=0 if resumed else config.reference_check
+            )
         scorer.train()
         return cache
 
@@ -318,7 +329,9 @@ class _Session:
         if config.audit:
             return Outcome(None)
         found = world.broadcast(
-            checkpoint.choose(self.run_dir, resume=config.resume, resume_from=config.resume_from) if world.is_main else None
+            checkpoint.choose(self.run_dir, resume=config.resume, resume_from=config.resume_from)
+            if world.is_main
+            else None
         )
         trainer = self.build_trainer(found)
         self.stack.callback(trainer.parts.metrics.close)
@@ -332,24 +345,28 @@ class _Session:
             return Outcome(None, trainer.exit_code)
         if status != "evaluated":
             trainer.finish()
-        results = self.results(trainer, status)
+        summary = self.summary(trainer, status)
         if world.is_main:
-            write_atomic(self.run_dir / "results.json", json.dumps(results, indent=1) + "\n")
-            print_results(results, self.run_dir)
+            write_atomic(self.run_dir / "results.json", json.dumps(summary, indent=1) + "\n")
+            sys.stdout.write(f"\n{results.render(summary, self.run_dir)}")
             if config.checkpoint.merge_lora and models.is_peft(self.model) and status != "evaluated":
                 models.merge_lora(self.model, self.tokenizer, self.run_dir / "merged")
         world.barrier()
-        return Outcome(results["metric"])
+        return Outcome(summary["metric"])
 
     def report_data(self) -> None:
         """The data passport: into the log and passport.json, before any model is loaded."""
         if not self.world.is_main:
             return
-        made = passport(self.data.rows, self.data.counts, self.data.groups, self.tokenizer, first_batch=self.first_rows())
-        (self.run_dir / "passport.json").write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+        made = passport(
+            self.data.rows, self.data.counts, self.data.groups, self.tokenizer, first_batch=self.first_rows()
+        )
+        (self.run_dir / "passport.json").write_text(
+            json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8"
+        )
         text = made.render(color=sys.stderr.isatty())
         if self.config.audit:
-            print(text)
+            sys.stdout.write(text)
         else:
             log.info("%s", made.summary())
 
@@ -369,18 +386,21 @@ class _Session:
             self.read_model(found.path)
         parameters = [p for p in scorer.parameters() if p.requires_grad]
         optimizer = build_optimizer(
-            config.optimizer, parameters, lr=config.lr, weight_decay=config.weight_decay, options=config.optimizer_options
+            config.optimizer,
+            parameters,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            options=config.optimizer_options,
         )
         if found is not None:
-            restore_optimizer(
-                optimizer, scorer.named_parameters(), found.optimizer(), state["optimizer"]
-            )
+            restore_optimizer(optimizer, scorer.named_parameters(), found.optimizer(), state["optimizer"])
         steps = self.plan.num_steps
         warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
         schedule = Schedule(config.lr, warmup, steps, config.lr_schedule)
         facts = self.facts()
         if found is not None:
             self.report_resume(found, facts)
+        metrics = self.build_metrics(state, found.examples if found else 0)
         trainer = Trainer(
             Parts(
                 config=config,
@@ -389,7 +409,9 @@ class _Session:
                 policy=scorer,
                 reference=ref,
                 loss=self.loss,
-                weighting=self.run_.weighting.build(self.data.groups, self.plan.group_counts, self.plan.group_probs),
+                weighting=self.run_.weighting.build(
+                    self.data.groups, self.plan.group_counts, self.plan.group_probs
+                ),
                 stopper=self.run_.stopping.build(
                     lr=config.lr, num_examples=len(self.data.rows["train"]), eval_every=config.eval_every
                 ),
@@ -397,8 +419,8 @@ class _Session:
                 schedule=schedule,
                 plan=self.plan,
                 rows=self.data.rows["train"],
-                evaluator=self.build_evaluator(ref),
-                metrics=self.build_metrics(state, found.examples if found else 0),
+                evaluator=self.build_evaluator(ref, metrics.samples),
+                metrics=metrics,
                 model_writer=self.model_writer,
                 read_model=self.read_model,
                 facts=facts,
@@ -440,7 +462,9 @@ class _Session:
     def build_metrics(self, state: Mapping[str, Any] | None, examples: int) -> MetricsLog:
         config, run = self.config, self.run_
         if self.world.is_main:
-            rundir.truncate(self.run_dir, examples=examples, metrics_offset=state["metrics"]["offset"] if state else 0)
+            rundir.truncate(
+                self.run_dir, examples=examples, metrics_offset=state["metrics"]["offset"] if state else 0
+            )
             made = rundir.provenance(
                 run.plain, command=[Path(sys.argv[0]).name, *sys.argv[1:]], seed=config.seed, root=ROOT
             )
@@ -450,7 +474,11 @@ class _Session:
         return MetricsLog(
             self.run_dir,
             wandb=WandbSettings(
-                enabled=w.enabled, project=w.project, entity=w.entity, tags=tuple(w.tags), legacy_names=w.legacy_names
+                enabled=w.enabled,
+                project=w.project,
+                entity=w.entity,
+                tags=tuple(w.tags),
+                legacy_names=w.legacy_names,
             ),
             config=run.plain,
             identity={
@@ -465,8 +493,21 @@ class _Session:
             active=self.world.is_main,
         )
 
-    def build_evaluator(self, ref: Callable | None) -> Evaluator:
-        config = self.config
+    def build_evaluator(self, ref: Callable | None, log_samples: Callable) -> Evaluator:
+        config, sampler = self.config, None
+        if config.sample_during_eval and self.loss.needs.output == "logps":
+            split = next((s for s in ("test", "validation") if self.eval_rows.get(s)), "train")
+            sampler = Sampler(
+                rows=self.eval_rows.get(split, []),
+                groups=self.data.groups,
+                tokenizer=self.tokenizer,
+                reference_model=(lambda: self.reference_model) if self.loss.needs.reference else None,
+                write=log_samples,
+                num_prompts=config.n_eval_model_samples,
+                max_new_tokens=config.sample_max_new_tokens or config.max_length - config.max_prompt_length,
+                batch_size=config.eval_batch_size,
+                seed=config.seed,
+            )
         return Evaluator(
             splits=self.eval_rows,
             groups=self.data.groups,
@@ -476,19 +517,15 @@ class _Session:
             run_dir=self.run_dir,
             batch_size=config.eval_batch_size,
             per_group=config.n_eval_examples,
-            sampler=Sampler(self) if config.sample_during_eval and self.loss.needs.output == "logps" else None,
+            sampler=sampler,
         )
 
-    def results(self, trainer: Trainer, status: str) -> dict[str, Any]:
+    def summary(self, trainer: Trainer, status: str) -> dict[str, Any]:
         """results.json: the final evaluation of every split, per group with intervals and n."""
-        splits = {}
-        for split, done in trainer.last_evaluation.items():
-            table = []
-            for group in ["all", *self.data.groups]:
-                records = [r for r in done.records if group in ("all", r["group"])]
-                if records:
-                    table.append({"group": group, **group_row(records)})
-            splits[split] = {"prefix": done.prefix, "table": table, "metrics": done.metrics}
+        splits = {
+            split: results.final_table(done, self.data.groups)
+            for split, done in trainer.last_evaluation.items()
+        }
         metric = self.watched(trainer)
         return {
             "status": status,
@@ -514,84 +551,3 @@ def describe(model: torch.nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{type(model).__name__}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
-
-
-class Sampler:
-    """Responses of the policy and (once) of the reference to a fixed set of held-out prompts, at every evaluation."""
-
-    def __init__(self, session: _Session) -> None:
-        self.session = session
-        self.reference_rows: list[dict[str, Any]] | None = None
-        split = next((s for s in ("test", "validation") if session.eval_rows.get(s)), None)
-        rows = session.eval_rows[split] if split else []
-        prompts = {row.prompt_key: row for row in rows}
-        order = stream(0, "sampled prompts").permutation(len(prompts))[: session.config.n_eval_model_samples]
-        unique = list(prompts.values())
-        self.rows = [unique[i] for i in order]
-
-    def __call__(self, policy: torch.nn.Module, examples: int) -> None:
-        session = self.session
-        rows = self._draw(policy.model, "policy")
-        if session.loss.needs.reference:
-            if self.reference_rows is None:
-                if models.is_peft(policy.model):
-                    with reference.adapter_off(policy.model):
-                        self.reference_rows = self._draw(policy.model, "reference")
-                else:
-                    self.reference_rows = self._draw(session.reference_model, "reference")
-            rows = rows + self.reference_rows
-        self.session.metrics_log.samples(examples, rows)
-
-    def _draw(self, model: torch.nn.Module, name: str) -> list[dict[str, Any]]:
-        session, config = self.session, self.session.config
-        drawn = sampling.generate(
-            model,
-            session.tokenizer,
-            [row.prompt for row in self.rows],
-            max_new_tokens=config.sample_max_new_tokens or config.max_length - config.max_prompt_length,
-            seed=config.seed,
-            keys=[(row.uid, name) for row in self.rows],
-            batch_size=config.eval_batch_size,
-        )
-        decode = session.tokenizer.decode
-        return [
-            {
-                "model": name,
-                "uid": row.uid,
-                "group": session.data.groups[row.group],
-                "prompt": decode(row.prompt, skip_special_tokens=True),
-                "sample": decode(sample.ids, skip_special_tokens=True),
-                "finished": sample.finished,
-            }
-            for row, sample in zip(self.rows, drawn, strict=True)
-        ]
-
-
-# ---------------------------------------------------------------------------------------------------- results
-
-
-def group_row(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
-    """One line of the final table: loss, reward accuracy with its interval, n."""
-    row: dict[str, float | int] = {"n": len(records), "prompts": len({r["prompt_key"] for r in records})}
-    row["loss"] = sum(r["weight"] * r["loss"] for r in records) / len(records)
-    if "rewards/accuracies" in records[0]:
-        interval = accuracy_interval(records)
-        row |= {"accuracy": interval.estimate, "ci_low": interval.low, "ci_high": interval.high}
-    return row
-
-
-def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
-    """The final tables and where everything is, to stdout."""
-    print(f"\n{results['exp_name']}: {results['status']} after {results['examples']} examples")
-    for split, found in results["splits"].items():
-        print(f"\n{split} ({found['prefix']}/ in metrics.jsonl)")
-        print(f"  {'group':<24} {'loss':>10}  {'reward accuracy [95% interval]':<32} {'n':>6}")
-        for row in found["table"]:
-            accuracy = ""
-            if "accuracy" in row:
-                accuracy = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-            print(f"  {row['group']:<24} {row['loss']:>10.4f}  {accuracy:<32} {row['n']:>6}")
-    print(f"\nrun directory: {run_dir}")
-    for name in ("config.yaml", "metrics.jsonl", "results.json", "records", "samples", "LATEST", "merged"):
-        if (run_dir / name).exists():
-            print(f"  {run_dir / name}")

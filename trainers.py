@@ -52,7 +52,9 @@ class Parts:
     rows: Sequence[Row]
     evaluator: Evaluator
     metrics: MetricsLog
-    model_writer: Callable[[], Callable[[Path], None]]  # gathers the weights (collective), returns their writer
+    model_writer: Callable[
+        [], Callable[[Path], None]
+    ]  # gathers the weights (collective), returns their writer
     read_model: Callable[[Path], None]
     facts: Mapping[str, Any]  # what bit-exactness depends on, written into every checkpoint's manifest
     extra_state: Mapping[str, Any]  # constants of the run that a continuation needs
@@ -105,12 +107,17 @@ class Trainer:
     def __init__(self, parts: Parts, groups: Sequence[str]) -> None:
         self.parts, self.groups = parts, tuple(groups)
         self.__dict__.update(
-            {name: getattr(parts, name) for name in ("config", "world", "policy", "reference", "loss", "weighting")}
+            {
+                name: getattr(parts, name)
+                for name in ("config", "world", "policy", "reference", "loss", "weighting")
+            }
         )
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.step_count = 0  # optimizer updates done
         self.examples = 0  # rows consumed
-        self.guard = NonFiniteGuard(parts.run_dir, self.config.nonfinite, self.config.max_consecutive_nonfinite)
+        self.guard = NonFiniteGuard(
+            parts.run_dir, self.config.nonfinite, self.config.max_consecutive_nonfinite
+        )
         self.spike = SpikeGuard(self.config.spike_factor, run_dir=parts.run_dir)
         self.last_evaluation: dict[str, Evaluation] = {}
         self.evaluated_at = -1
@@ -147,7 +154,9 @@ class Trainer:
         broken = world.any(not (math.isfinite(norm) and bool(torch.isfinite(loss_sums).all())))
         uids = self.blame(seen) if broken else [self.parts.rows[i].uid for i in indices]
         facts = {"loss": float(loss_sums.sum()), "grad_norm": norm}
-        applied = self.guard.check(not broken, self.step_count + 1, uids, facts)  # raises before any parameter moves
+        applied = self.guard.check(
+            not broken, self.step_count + 1, uids, facts
+        )  # raises before any parameter moves
         lr = self.parts.schedule.set(self.parts.optimizer, self.step_count)
         metrics = sums.means("train", self.groups, skip=("objective",))
         if applied:
@@ -167,7 +176,12 @@ class Trainer:
     def blame(self, seen: Sequence[tuple[Sequence[int], Tensor]]) -> list[str]:
         """Examples whose loss is not finite; all of the step if only the gradient is to blame."""
         found = [[self.parts.rows[i].uid for i in part] for part, _ in seen]
-        bad = [u for uids, (_, losses) in zip(found, seen, strict=True) for u, ok in zip(uids, losses.isfinite(), strict=True) if not ok]
+        bad = [
+            u
+            for uids, (_, losses) in zip(found, seen, strict=True)
+            for u, ok in zip(uids, losses.isfinite(), strict=True)
+            if not ok
+        ]
         return self.world.gather(bad) or self.world.gather([u for uids in found for u in uids])
 
     def micro_batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
@@ -175,7 +189,9 @@ class Trainer:
         config = self.config
         if config.microbatch_tokens is not None:
             return micro_batches(self.parts.rows, indices, tokens=config.microbatch_tokens)
-        return micro_batches(self.parts.rows, indices, num_micro=config.gradient_accumulation_steps * self.world.size)
+        return micro_batches(
+            self.parts.rows, indices, num_micro=config.gradient_accumulation_steps * self.world.size
+        )
 
     def count(self, indices: Sequence[int]) -> tuple[float, Tensor, int]:
         """(what the loss averages over: examples or response tokens, (G,) examples per group, examples) of the step."""
@@ -266,7 +282,13 @@ class Trainer:
         """One line of metrics.jsonl."""
         epoch = self.parts.plan.epoch_of(max(self.step_count - 1, 0))
         self.parts.metrics.write(
-            kind, step=self.step_count, examples=self.examples, values=values, epoch=epoch, time=time.time(), **more
+            kind,
+            step=self.step_count,
+            examples=self.examples,
+            values=values,
+            epoch=epoch,
+            time=time.time(),
+            **more,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -327,7 +349,13 @@ def progress(total: int, initial: int, active: bool) -> tqdm:
     """A bar with rows, rate and ETA; in a log file a line every 30 seconds."""
     every = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, initial=initial, unit="row", desc="train", mininterval=every, disable=not active, dynamic_ncols=True
+        total=total,
+        initial=initial,
+        unit="row",
+        desc="train",
+        mininterval=every,
+        disable=not active,
+        dynamic_ncols=True,
     )
 
 

@@ -126,7 +126,9 @@ def git_facts(root: Path) -> dict[str, Any]:
 
     def git(args: Sequence[str]) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(
+                ["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -141,7 +143,17 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "peft", "datasets", "wandb"):
+    for name in (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "hydra-core",
+        "omegaconf",
+        "peft",
+        "datasets",
+        "wandb",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

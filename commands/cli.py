@@ -18,7 +18,9 @@ from config.compose import Run, compose
 from utils import UserError, content_hash, setup_logging, write_atomic
 
 
-def entry(name: str, settings: type, work: Callable[[Run, Any], None], *, defaults: tuple[str, ...] = ()) -> None:
+def entry(
+    name: str, settings: type, work: Callable[[Run, Any], None], *, defaults: tuple[str, ...] = ()
+) -> None:
     """Parse ``sys.argv``, run ``work(run, settings)``; user errors are one message and exit code 2.
 
     defaults  overrides put before the user's own
@@ -55,7 +57,11 @@ def split(argv: Iterable[str], name: str) -> tuple[dict[str, Any], list[str]]:
 
 def usage(name: str, settings: type, work: Callable) -> str:
     """The command's own keys with their defaults."""
-    lines = [f"python -m commands.{name} {name}.key=value ... and any override of train.py", "", (work.__doc__ or "").strip()]
+    lines = [
+        f"python -m commands.{name} {name}.key=value ... and any override of train.py",
+        "",
+        (work.__doc__ or "").strip(),
+    ]
     for f in dataclasses.fields(settings):
         default = "required" if f.default is dataclasses.MISSING else f"{f.default}"
         lines.append(f"  {name}.{f.name}  ({default})")

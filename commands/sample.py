@@ -55,7 +55,11 @@ def run(run: Run, settings: Settings) -> None:
     tokenizer = models.load_tokenizer(run.model)
     data = assembly.load_data(run, tokenizer, DPO(beta=1.0))
     model = models.build_policy(
-        run.model, archive=run.model.archive, seed=config.seed, device=parallel.pick_device(config.device), tokenizer=tokenizer
+        run.model,
+        archive=run.model.archive,
+        seed=config.seed,
+        device=parallel.pick_device(config.device),
+        tokenizer=tokenizer,
     )
     provenance = {
         "model": run.plain["model"]["name"],
@@ -67,13 +71,21 @@ def run(run: Run, settings: Settings) -> None:
     }
     for split, rows in data.rows.items():
         sampled = split in settings.splits
-        output = Output(Path(settings.out) / f"{split}.jsonl", {**provenance, "sampled": sampled, "split": split})
-        todo = [(row, example) for row, example in zip(rows, data.examples[split], strict=True) if row.uid not in output.done]
+        output = Output(
+            Path(settings.out) / f"{split}.jsonl", {**provenance, "sampled": sampled, "split": split}
+        )
+        todo = [
+            (row, example)
+            for row, example in zip(rows, data.examples[split], strict=True)
+            if row.uid not in output.done
+        ]
         log.info("%s: %d rows, %d already there", split, len(rows), len(rows) - len(todo))
         step = max(1, settings.batch_size // (2 * settings.num_pairs)) * 8
         for start in tqdm(range(0, len(todo), step), desc=f"sample {split}", mininterval=1.0):
             part = todo[start : start + step]
-            drawn = draw(model, tokenizer, [row for row, _ in part], provenance, settings) if sampled else None
+            drawn = (
+                draw(model, tokenizer, [row for row, _ in part], provenance, settings) if sampled else None
+            )
             output.append(
                 record(example, tokenizer, None if drawn is None else drawn[i], provenance)
                 for i, (_, example) in enumerate(part)
@@ -112,12 +124,16 @@ def with_vllm(
     try:
         import vllm
     except ImportError as error:
-        raise UserError("sample.engine=vllm: vLLM is not installed; pip install vllm, or sample.engine=hf") from error
+        raise UserError(
+            "sample.engine=vllm: vLLM is not installed; pip install vllm, or sample.engine=hf"
+        ) from error
     from engine.archives import find
     from utils import stream_seed
 
     if provenance["archive"] is None:
-        raise UserError("sample.engine=vllm: give model.archive=, a full model saved by a run or a Hugging Face directory")
+        raise UserError(
+            "sample.engine=vllm: give model.archive=, a full model saved by a run or a Hugging Face directory"
+        )
     llm = vllm.LLM(str(find(provenance["archive"])), trust_remote_code=False)
     parameters = [
         vllm.SamplingParams(
@@ -131,7 +147,8 @@ def with_vllm(
     ]
     answers = llm.generate([{"prompt_token_ids": p.tolist()} for p in prompts], parameters)
     return [
-        sampling.Sample(np.asarray(a.outputs[0].token_ids, np.int32), a.outputs[0].finish_reason == "stop") for a in answers
+        sampling.Sample(np.asarray(a.outputs[0].token_ids, np.int32), a.outputs[0].finish_reason == "stop")
+        for a in answers
     ]
 
 
@@ -152,7 +169,9 @@ def record(
         texts = [as_response(example, tokenizer.decode(s.ids, skip_special_tokens=True)) for s in drawn]
         row["aux_responses"] = [[a, b] for a, b in zip(texts[::2], texts[1::2], strict=True)]
         row["aux_finished"] = [[a.finished, b.finished] for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
-        row["aux_from"] = {k: provenance[k] for k in ("model", "weights", "seed", "temperature", "top_p", "max_new_tokens")}
+        row["aux_from"] = {
+            k: provenance[k] for k in ("model", "weights", "seed", "temperature", "top_p", "max_new_tokens")
+        }
     return row
 
 

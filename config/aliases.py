@@ -96,7 +96,9 @@ def translate(overrides: list[str]) -> list[str]:
             )
         elif key == "trainer" and value in TRAINERS:
             if TRAINERS[value] is None:
-                raise UserError(f"trainer={value}: there is no tensor parallelism here; use trainer=FSDPTrainer")
+                raise UserError(
+                    f"trainer={value}: there is no tensor parallelism here; use trainer=FSDPTrainer"
+                )
             out.append(f"trainer={TRAINERS[value]}")
         elif key == "loss.importance_sampling":
             if value.lower() not in NEUTRAL:

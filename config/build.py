@@ -25,7 +25,9 @@ def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     problems, arguments = [], {}
     for key in values:
         if key not in fields:
-            problems.append(f"unknown key {prefix}{key}{did_you_mean(str(key), fields)}; {_listing(prefix, fields)}")
+            problems.append(
+                f"unknown key {prefix}{key}{did_you_mean(str(key), fields)}; {_listing(prefix, fields)}"
+            )
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in values or values[name] == MISSING:
@@ -57,7 +59,9 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         if value in args and type(value) in {type(a) for a in args}:
             return value
         options = ", ".join(str(a) for a in args)
-        raise UserError(f"{key}={value}: must be one of {options}{did_you_mean(str(value), [str(a) for a in args])}")
+        raise UserError(
+            f"{key}={value}: must be one of {options}{did_you_mean(str(value), [str(a) for a in args])}"
+        )
     if dataclasses.is_dataclass(hint):
         return build(hint, convert(dict, value, key), key + ".")
     if hint in (list, tuple) or origin in (list, tuple):

@@ -221,7 +221,9 @@ def dataset_file(name: str) -> Path:
             return path
         stem = stem.rpartition("_")[0]
     known = options("dataset")
-    raise UserError(f"datasets: unknown name {name!r}{did_you_mean(re.sub(r'_.*', '', name), known)}; known: {', '.join(known)}")
+    raise UserError(
+        f"datasets: unknown name {name!r}{did_you_mean(re.sub(r'_.*', '', name), known)}; known: {', '.join(known)}"
+    )
 
 
 def _datasets(plain: dict[str, Any]) -> tuple[DatasetSpec, ...]:
@@ -253,7 +255,9 @@ def _datasets(plain: dict[str, Any]) -> tuple[DatasetSpec, ...]:
         unknown = [k for k in given if k not in values]
         if unknown:
             k = unknown[0]
-            raise UserError(f"unknown key data.{name}.{k}{did_you_mean(k, values)}; keys: {', '.join(values)}")
+            raise UserError(
+                f"unknown key data.{name}.{k}{did_you_mean(k, values)}; keys: {', '.join(values)}"
+            )
         settings = build(importlib.import_module(f"data.{source}").Settings, merged, f"data.{name}.")
         plain["data"][name] = {"name": name, "source": source, **merged}
         specs.append(DatasetSpec(name, source, settings))

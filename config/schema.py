@@ -31,7 +31,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.keep < 2:
-            raise UserError(f"checkpoint.keep={self.keep}: must be at least 2, because the newest may be the one that fails")
+            raise UserError(
+                f"checkpoint.keep={self.keep}: must be at least 2, because the newest may be the one that fails"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,23 @@ class Config:
             raise UserError("\n".join(problems))
 
     def _problems(self):
-        for key in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "eval_every"):
+        for key in (
+            "batch_size",
+            "eval_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "eval_every",
+        ):
             if getattr(self, key) < 1:
                 yield f"{key}={getattr(self, key)}: must be at least 1"
-        for key in ("n_epochs", "n_examples", "n_eval_examples", "save_every", "microbatch_tokens", "num_threads"):
+        for key in (
+            "n_epochs",
+            "n_examples",
+            "n_eval_examples",
+            "save_every",
+            "microbatch_tokens",
+            "num_threads",
+        ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 yield f"{key}={value}: must be at least 1, or null"

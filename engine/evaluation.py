@@ -72,7 +72,9 @@ class Evaluator:
             folder.mkdir(exist_ok=True)
             with (folder / f"{prefix}-{examples}.jsonl").open("w", encoding="utf-8") as handle:
                 handle.writelines(json.dumps(record) + "\n" for record in ordered)
-        return Evaluation(split, prefix, summarize(ordered, self.groups, prefix, self.loss.needs.unit), ordered)
+        return Evaluation(
+            split, prefix, summarize(ordered, self.groups, prefix, self.loss.needs.unit), ordered
+        )
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Row], policy: torch.nn.Module) -> list[dict[str, Any]]:
@@ -89,7 +91,9 @@ class Evaluator:
                 "prompt_key": row.prompt_key,
                 "weight": row.weight,
                 "num_tokens": sum(
-                    len(ids) for ids, role in zip(row.responses, row.roles, strict=True) if role in needs.policy
+                    len(ids)
+                    for ids, role in zip(row.responses, row.roles, strict=True)
+                    if role in needs.policy
                 ),
             }
             for name, value in zip(columns, values[:, i], strict=True):
@@ -116,7 +120,13 @@ def subset(rows: Sequence[Row], per_group: int | None, split: str) -> list[Row]:
             members = [members[j] for j in order[:per_group]]
         kept += members
     if len(kept) < len(rows):
-        log.info("%s: evaluating %d of %d rows (n_eval_examples=%d per group)", split, len(kept), len(rows), per_group)
+        log.info(
+            "%s: evaluating %d of %d rows (n_eval_examples=%d per group)",
+            split,
+            len(kept),
+            len(rows),
+            per_group,
+        )
     return [rows[i] for i in sorted(kept)]
 
 

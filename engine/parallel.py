@@ -141,7 +141,9 @@ def start(mode: str, device: str, timeout_s: float) -> World:
             )
         return World(0, 1, pick_device(device), "none")
     if "RANK" not in os.environ:
-        raise UserError(f"trainer.parallel={mode} needs torchrun's environment: start through train.py or torchrun")
+        raise UserError(
+            f"trainer.parallel={mode} needs torchrun's environment: start through train.py or torchrun"
+        )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     where = pick_device(device, local)
     if where.type == "cuda":
@@ -160,7 +162,9 @@ def block_classes(model: nn.Module, override: str | None) -> set[str]:
         names = getattr(module, "_no_split_modules", None)
         if names:
             return set(names)
-    raise UserError("model.block_name: this model does not say what its blocks are; give model.block_name=CLASS")
+    raise UserError(
+        "model.block_name: this model does not say what its blocks are; give model.block_name=CLASS"
+    )
 
 
 def shard(scorer: nn.Module, *, block_name: str | None, param_dtype: torch.dtype | None) -> nn.Module:
@@ -170,12 +174,16 @@ def shard(scorer: nn.Module, *, block_name: str | None, param_dtype: torch.dtype
 
     device_type = next(scorer.parameters()).device.type
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None
+    )
     names = block_classes(scorer, block_name)
     blocks = [m for m in scorer.modules() if type(m).__name__ in names]
     if not blocks:
         known = sorted({type(m).__name__ for m in scorer.modules()})
-        raise UserError(f"model.block_name={block_name}: no such module class in the model; it has {', '.join(known)}")
+        raise UserError(
+            f"model.block_name={block_name}: no such module class in the model; it has {', '.join(known)}"
+        )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(scorer, mesh=mesh, mp_policy=policy)

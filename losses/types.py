@@ -59,7 +59,9 @@ class Scored:
 
     def index(self, role: str) -> Tensor:
         """(A,) int64 positions of ``role`` among the S responses, in batch order."""
-        return torch.tensor([i for i, r in enumerate(self.roles) if r == role], dtype=torch.long, device=self.example.device)
+        return torch.tensor(
+            [i for i, r in enumerate(self.roles) if r == role], dtype=torch.long, device=self.example.device
+        )
 
     def one(self, role: str) -> Tensor:
         """(B,) int64 positions of a role of which every example has exactly one, in example order."""

@@ -103,7 +103,11 @@ def test_the_group_robust_repository_s_keys_are_understood():
 
 
 def test_gnu_style_flags_become_overrides():
-    assert prepare(["--model.archive", "X", "--lr", "1", "--multirun"]) == ["--multirun", "++model.archive=X", "++lr=1"]
+    assert prepare(["--model.archive", "X", "--lr", "1", "--multirun"]) == [
+        "--multirun",
+        "++model.archive=X",
+        "++lr=1",
+    ]
     assert prepare(["--model_archive=Y", "--model", "tiny"]) == ["++model.archive=Y", "model=tiny"]
 
 
@@ -132,18 +136,27 @@ def test_where_a_run_is_written_does_not_change_what_it_is():
     assert compose(["exp_name=a"]).config_hash == compose(["exp_name=b", "run_root=elsewhere"]).config_hash
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIG_DIR)))
+@pytest.mark.parametrize(
+    "path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIG_DIR))
+)
 def test_every_key_of_every_config_file_has_a_comment(path):
     """A comment on the key's line, or on the lines above it (which may serve several keys)."""
     lines = path.read_text(encoding="utf-8").splitlines()
     exempt = ("name:", "defaults:", "hydra:", "class:", "source:", "- ")
     for number, line in enumerate(lines):
         text = line.strip()
-        if not text or text.startswith(("#", *exempt)) or line.startswith("  ") and path.name != "config.yaml":
+        if (
+            not text
+            or text.startswith(("#", *exempt))
+            or line.startswith("  ")
+            and path.name != "config.yaml"
+        ):
             continue
         if path.parent.name in ("trainer", "loss", "experiment") and "@package _global_" in lines[0]:
             continue
-        if path.name == "config.yaml" and number > next(i for i, t in enumerate(lines) if t.startswith("hydra:")):
+        if path.name == "config.yaml" and number > next(
+            i for i, t in enumerate(lines) if t.startswith("hydra:")
+        ):
             continue
         above = lines[number - 1].strip() if number else ""
         commented = "#" in text or above.startswith("#")
@@ -156,7 +169,12 @@ def test_every_key_of_every_config_file_has_a_comment(path):
 def _config_attributes() -> set[str]:
     """Names read as attributes anywhere in the program."""
     names = set()
-    for path in [ROOT / "assembly.py", ROOT / "trainers.py", ROOT / "train.py", *(ROOT / "config").glob("*.py")]:
+    for path in [
+        ROOT / "assembly.py",
+        ROOT / "trainers.py",
+        ROOT / "train.py",
+        *(ROOT / "config").glob("*.py"),
+    ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 names.add(node.attr)
@@ -166,7 +184,10 @@ def _config_attributes() -> set[str]:
 
 
 def test_every_key_of_the_top_level_is_read():
-    read = _config_attributes() | {"run_root", "multirun_keys"}  # these two are read while composing: they name run_dir
+    read = _config_attributes() | {
+        "run_root",
+        "multirun_keys",
+    }  # these two are read while composing: they name run_dir
     unread = [name for cls in (Config, DataConfig) for name in cls.__dataclass_fields__ if name not in read]
     assert not unread
 
@@ -205,5 +226,3 @@ def test_build_converts_and_refuses():
         build(Settings, {"rate": True, "names": []}, "x.")
     with pytest.raises(UserError, match="x.names=a: must be a list"):
         build(Settings, {"rate": 1, "names": "a"}, "x.")
-
-

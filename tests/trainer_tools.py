@@ -38,7 +38,9 @@ def make_model(kind: str = "gpt2", dtype: torch.dtype = torch.float64, seed: int
 
     GPT-2 by default: transformers computes Llama's and Gemma's norms in float32 whatever the dtype, which blurs float64 at 1e-7.
     """
-    config = AutoConfig.for_model(kind, vocab_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, **SHAPES[kind])
+    config = AutoConfig.for_model(
+        kind, vocab_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, **SHAPES[kind]
+    )
     with global_rng_untouched():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -55,7 +57,10 @@ def make_rows(num: int = 24, seed: int = 0, prompts: int = 9) -> list[Row]:
     rows = []
     for i in range(num):
         which = int(rng.integers(prompts))
-        responses = tuple(np.append(rng.integers(3, 32, size=int(n)), 2).astype(np.int32) for n in rng.integers(0, 7, size=2))
+        responses = tuple(
+            np.append(rng.integers(3, 32, size=int(n)), 2).astype(np.int32)
+            for n in rng.integers(0, 7, size=2)
+        )
         rows.append(
             Row(
                 f"r:{i}", pool[which], responses, ("chosen", "rejected"), int(rng.choice(3, p=[0.5, 0.3, 0.2])),
@@ -68,8 +73,17 @@ def make_rows(num: int = 24, seed: int = 0, prompts: int = 9) -> list[Row]:
 def make_config(**changes: Any) -> Config:
     values = yaml.safe_load((CONFIG_DIR / "config.yaml").read_text(encoding="utf-8"))
     values = {k: v for k, v in values.items() if k not in ("defaults", "hydra")}
-    values["trainer"] = yaml.safe_load((CONFIG_DIR / "trainer" / "BasicTrainer.yaml").read_text(encoding="utf-8"))
-    values |= {"exp_name": "test", "run_dir": "unused", "lr": 0.01, "batch_size": 6, "n_epochs": 2, "eval_every": 12}
+    values["trainer"] = yaml.safe_load(
+        (CONFIG_DIR / "trainer" / "BasicTrainer.yaml").read_text(encoding="utf-8")
+    )
+    values |= {
+        "exp_name": "test",
+        "run_dir": "unused",
+        "lr": 0.01,
+        "batch_size": 6,
+        "n_epochs": 2,
+        "eval_every": 12,
+    }
     return build(Config, values | changes, "")
 
 
@@ -93,8 +107,19 @@ def make_trainer(
     rows = rows if rows is not None else make_rows()
     model = model or make_model(kind, dtype)
     scorer = Scorer(model, layout=layout)
-    plan = Plan(rows, seed=config.seed, batch_size=config.batch_size, n_epochs=config.n_epochs, n_examples=config.n_examples, num_groups=3)
-    reference = LiveReference(Scorer(make_model(kind, dtype, seed=1), layout=layout)) if loss.needs.reference else None
+    plan = Plan(
+        rows,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        num_groups=3,
+    )
+    reference = (
+        LiveReference(Scorer(make_model(kind, dtype, seed=1), layout=layout))
+        if loss.needs.reference
+        else None
+    )
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         Parts(
