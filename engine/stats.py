@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.stats import beta, norm
 from scipy.stats import t as student_t
 
 from utils import stream
@@ -230,26 +230,23 @@ def needed_n(interval: Interval, power: float = 0.8) -> float:
 def worst_group_bounds(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
     """Bounds for min_g p_g from successes (..., G) of n (..., G); groups without examples are left out.
 
-    Write g* for the truly worst group, L_g and U_g for one-sided Wilson bounds.
-    low   min_g L_g at one-sided level 1 - alpha/2. It is at most L_{g*}, which is at most p_{g*}: no correction needed.
-    high  min_g U_g at one-sided level 1 - alpha/(2G). It is above min_g p_g only when EVERY U_g is, and when groups tie each of
-          them can fail, so this end needs the simultaneous level. Bonferroni and not Sidak: groups may share prompts.
-    With one group this is the Wilson interval. The interval of the group that happens to look worst ignores that it was
-    selected: its estimate is too low and its coverage falls with G (`python -m plot_scripts.worst_group_simulation`).
+    Write g* for the truly worst group, L_g and U_g for one-sided bounds.
+    low   min_g L_g with Wilson's L_g at level 1 - alpha/2. It is at most L_{g*}, which is at most p_{g*}: no correction
+          needed.
+    high  min_g U_g at level 1 - alpha/(2G). It is above min_g p_g only when EVERY U_g is, and when groups tie each of them
+          can fail, so this end needs the simultaneous level. Bonferroni, because groups may share prompts; Clopper and
+          Pearson's exact U_g, because at such levels Wilson's fails up to three times too often for shares near 1.
+    The interval of the group that happens to look worst ignores that it was selected: its estimate is too low and its
+    coverage falls with G (`python -m plot_scripts.worst_group_simulation`).
     """
     alpha = _check_level(level)
     k, m = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
-    groups = np.maximum((m > 0).sum(axis=-1, keepdims=True), 1)
+    some = m > 0
+    groups = np.maximum(some.sum(axis=-1, keepdims=True), 1)
     low, _ = wilson_bounds(k, m, level)
-    # one z per row of groups: the number of groups with examples may differ between rows
-    sizes = np.unique(groups)
-    high = np.full(k.shape, np.nan)
-    for size in sizes:
-        _, upper = wilson_bounds(k, m, 1.0 - alpha / size)
-        high = np.where(groups == size, upper, high)
-    some = (m > 0).any(axis=-1)
-    low = np.where(some, np.min(low, axis=-1, where=m > 0, initial=np.inf), np.nan)
-    high = np.where(some, np.min(high, axis=-1, where=m > 0, initial=np.inf), np.nan)
+    high = np.where(k < m, beta.isf(alpha / (2.0 * groups), k + 1.0, np.maximum(m - k, 1e-9)), 1.0)
+    ends = (np.min(bound, axis=-1, where=some, initial=np.inf) for bound in (low, high))
+    low, high = (np.where(some.any(axis=-1), end, np.nan) for end in ends)
     return low, high
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from matplotlib import figure as mpl_figure
 from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
@@ -17,7 +16,7 @@ from matplotlib.patches import Patch
 from config.build import build
 from plot_scripts import canvas
 from plot_scripts.aggregate import LEVEL, warnings_about
-from plot_scripts.load import Loaded, RunInfo
+from plot_scripts.load import Loaded, RunInfo, read_yaml
 from plot_scripts.panels import FILE_KINDS, RUN_KINDS, Drawn, Panel, group_label, series_names
 from utils import UserError, did_you_mean
 
@@ -69,7 +68,7 @@ def read_figure(name: str) -> tuple[str, Figure]:
         raise UserError(
             f"figure={name}: there is no {path}{did_you_mean(name, known)}; known: {', '.join(known)}"
         )
-    return path.stem, build(Figure, yaml.safe_load(path.read_text(encoding="utf-8")), "")
+    return path.stem, build(Figure, read_yaml(path), "")
 
 
 def draw_figure(

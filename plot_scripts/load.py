@@ -304,7 +304,7 @@ def directory_runs(paths: Iterable[str | Path]) -> Iterator[RawRun]:
         yield RawRun(
             name=name,
             source=str(folder),
-            config=_yaml(folder / "config.yaml"),
+            config=read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {},
             provenance=_json(folder / "provenance.json"),
             rows=read_rows(folder / "metrics.jsonl"),
             finished=(folder / "results.json").is_file(),
@@ -320,12 +320,22 @@ def _distinct_names(folders: Sequence[Path]) -> list[str]:
     return [str(f) for f in folders]
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold keys and values, not a {type(values).__name__}")
+    return values
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

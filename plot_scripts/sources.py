@@ -10,8 +10,16 @@ from typing import Any
 
 import yaml
 
-from plot_scripts.load import Loaded, load_directories, load_wandb
+from plot_scripts.load import Loaded, load_directories, load_wandb, read_yaml
 from utils import UserError, did_you_mean
+
+
+def read_value(text: str, key: str = "") -> Any:
+    """One value of the command line, as YAML: numbers, true, {a: b}."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}={text}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -26,7 +34,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--project", help="W&B project")
     options.add_argument(
         "--filters",
-        type=yaml.safe_load,
+        type=read_value,
         default={},
         help="W&B filters (MongoDB form), e.g. '{config.loss.name: ipo, state: finished}'; several sets: {$or: [{..}, {..}]}",
     )
@@ -40,7 +48,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--by", nargs="+", default=[], metavar="KEY", help="config keys that name a method, e.g. loss.name lr"
     )
     options.add_argument(
-        "--labels", type=yaml.safe_load, default={}, help="display names, e.g. '{gr_ipo: GR-IPO}'"
+        "--labels", type=read_value, default={}, help="display names, e.g. '{gr_ipo: GR-IPO}'"
     )
     options.add_argument(
         "--carry", action="store_true", help="draw stopped runs on at their last value, marked"
@@ -58,7 +66,7 @@ def parse(options: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
     if config is not None:
         if not Path(config).is_file():
             raise UserError(f"--config {config}: no such file")
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        values = read_yaml(Path(config))
         known = [a.dest for a in options._actions]
         for key in values:
             if key not in known:
@@ -87,7 +95,7 @@ def parse_words(words: Sequence[str], lists: Sequence[str], paths: str | None = 
             )  # a folder may have a comma in its name
             values[key] = [*values.get(key, []), *(t for t in whole if t)]
         else:
-            values[key] = yaml.safe_load(text)
+            values[key] = read_value(text, key)
     return values
 
 

@@ -477,6 +477,7 @@ def test_mistakes_are_one_message_and_exit_code_2(runs, capsys):
         (["figure=calibration"], "give data=FILE"),
         (["figure=worst_group", f"runs={runs}", "project=p"], "give one"),
         (["figure=worst_group", f"runs={runs}", "split=tset"], "no run logged loss of tset"),
+        (["figure=worst_group", f"runs={runs}", "labels={ipo"], "labels={ipo: cannot be read"),
     ):
         assert run_command(make_figures, words) == 2
         assert message in capsys.readouterr().err

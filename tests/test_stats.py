@@ -156,16 +156,14 @@ def test_needed_n_is_where_the_interval_starts_to_exclude_zero():
 # ---------------------------------------------------------------------------------------------- the worst group
 
 
-def test_worst_group_of_one_group_is_wilson():
-    one, plain = worst_group_interval([31.5], [50]), wilson(31.5, 50)
-    assert (one.estimate, one.low, one.high) == pytest.approx((plain.estimate, plain.low, plain.high))
-
-
 def test_worst_group_corrects_the_end_towards_the_other_groups_only():
-    interval = worst_group_interval([30, 45], [50, 50])
-    assert interval.estimate == 0.6
+    interval = worst_group_interval([30, 45.5], [50, 50])
+    assert (interval.estimate, interval.n) == (0.6, 50)
     assert interval.low == pytest.approx(wilson(30, 50).low)
-    assert interval.high == pytest.approx(wilson(30, 50, level=0.975).high)
+    exact = scipy_stats.binomtest(30, 50).proportion_ci(
+        1 - 0.05 / 2, method="exact"
+    )  # two groups: half the error each
+    assert interval.high == pytest.approx(exact.high)
     assert interval.high > wilson(30, 50).high
 
 
@@ -176,7 +174,9 @@ def test_worst_group_ignores_empty_groups_and_lets_a_small_group_widen_the_low_e
     low, high = worst_group_bounds([[30, 0, 45], [30, 30, 45]], [[50, 0, 50], [50, 50, 50]])
     assert low.shape == high.shape == (2,)
     assert high[0] == pytest.approx(worst_group_interval([30, 45], [50, 50]).high)
-    assert high[1] == pytest.approx(wilson(30, 50, level=1 - 0.05 / 3).high)
+    exact = scipy_stats.binomtest(30, 50).proportion_ci(1 - 0.05 / 3, method="exact")
+    assert high[1] == pytest.approx(exact.high)
+    assert worst_group_interval([50, 40], [50, 40]).high == 1.0
 
 
 def test_worst_group_interval_covers_in_every_design_and_the_naive_one_does_not():
@@ -225,3 +225,11 @@ def test_the_simulation_prints_and_writes_its_numbers(tmp_path, capsys):
     assert rows == simulate(draws=500, seed=0)
     assert all(row["design"] in capsys.readouterr().out for row in rows[:1])
     assert all(row["coverage"] + row["below"] + row["above"] == pytest.approx(1.0) for row in rows)
+
+
+def test_worst_group_interval_covers_many_small_groups_with_shares_near_one():
+    """Where Wilson's bound for the upper end would cover 92.7 % only."""
+    n = np.full(14, 27)
+    successes = stream(7, "test/near one").binomial(n, 0.956, size=(4000, 14))
+    low, high = worst_group_bounds(successes, n)
+    assert ((low <= 0.956) & (high >= 0.956)).mean() >= 0.95
