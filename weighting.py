@@ -46,6 +46,11 @@ def _check_drawn(groups: Sequence[str], counts: Sequence[int], probs: Sequence[f
             )
 
 
+def _array(values: Vector) -> np.ndarray:
+    """(G,) float64 on the CPU."""
+    return torch.as_tensor(values, dtype=torch.float64).cpu().numpy()
+
+
 def _check_groups(saved: Sequence[str], groups: Sequence[str]) -> None:
     if list(saved) != list(groups):
         raise UserError(
@@ -258,7 +263,7 @@ class RobustWeights:
             if self._settings.reference:
                 per_group = per_group * micro_size
         else:
-            counts = np.asarray(step_counts, dtype=np.float64)
+            counts = _array(step_counts)
             per_group = np.divide(
                 self.effective * counts.sum(), counts, out=np.zeros_like(counts), where=counts > 0
             )
@@ -271,7 +276,7 @@ class RobustWeights:
         weights of this class; step_counts (G,): their numbers; num_examples: B. Raises ValueError when a sum is not finite:
         the loop must have refused that step.
         """
-        sums, counts = np.asarray(loss_sums, dtype=np.float64), np.asarray(step_counts, dtype=np.float64)
+        sums, counts = _array(loss_sums), _array(step_counts)
         if not np.isfinite(sums).all():
             raise ValueError(f"group loss sums are not finite: {sums.tolist()}")
         settings = self._settings

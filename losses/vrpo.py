@@ -142,8 +142,8 @@ def variance_reduced(
     shifted = h - offset
     i1, i2 = expected(link, p, shifted), expected(link, g, shifted)
     i3 = aux.mean(expected(link, aux.preference, h_aux))
-    ratio = aux.count / (aux.count + 1) if lam == "auto" else torch.full_like(h, float(lam))
-    weight = torch.where(has_aux, ratio.to(h), 0.0)
+    count = aux.count.to(h)  # before dividing: int64 / int64 is float32
+    weight = count / (count + 1) if lam == "auto" else lam * has_aux.to(h)
 
     d1, d2 = expected_slope(link, p, shifted), expected_slope(link, g, shifted)
     d3 = expected_slope(link, aux.preference, h_aux)
