@@ -86,7 +86,13 @@ def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
         for i, (spec, examples) in enumerate(zip(run.datasets, lists, strict=True)):
             check_columns(examples, needs.scalars, spec.name, split)
             made = tokenize(
-                examples, tokenizer, tokenization(run, spec), groups=groups, roles=roles, counts=counts
+                examples,
+                tokenizer,
+                tokenization(run, spec),
+                groups=groups,
+                roles=roles,
+                optional_roles=needs.optional_roles,
+                counts=counts,
             )
             by_uid = {e.uid: e for e in examples}
             rows[split] += made
