@@ -419,8 +419,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def place(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor (the same on every rank) moved to where ``parameter`` lives, and sharded like it: the ``place`` of
-    `engine.optim.restore_optimizer`."""
+    """A full tensor (the same on every rank) moved to where ``parameter`` lives, and sharded like it."""
     tensor = tensor.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor):
         return tensor

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.checkpoint import place
 from engine.parallel import full_tensor
 from utils import UserError, did_you_mean
 
@@ -193,14 +194,10 @@ def restore_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]],
     tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
-    *,
-    place: Callable[[Tensor, Tensor], Tensor] = lambda tensor, parameter: tensor.to(
-        parameter.device, copy=True
-    ),
 ) -> None:
     """Put the state back, bit-equal: unlike ``Optimizer.load_state_dict`` nothing is cast to the parameter's dtype.
 
-    ``place(tensor, parameter)`` moves (and shards) a full tensor to where its parameter lives.
+    Full tensors (the same on every rank) go to where their parameter lives, sharded like it.
     Learning rate, weight decay and the like stay as configured: the schedule and the config own them.
     Raises ValueError when the optimizer or its parameters are not those that were saved.
     """

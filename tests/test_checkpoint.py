@@ -79,9 +79,7 @@ def save_all(run_dir: Path, examples: int, optimizer: torch.optim.Optimizer, nam
 
 def restore(run_dir: Path, optimizer: torch.optim.Optimizer, named: dict) -> None:
     found = find(run_dir)[0]
-    restore_optimizer(
-        optimizer, named.items(), found.optimizer(), found.state["optimizer"], place=checkpoint.place
-    )
+    restore_optimizer(optimizer, named.items(), found.optimizer(), found.state["optimizer"])
 
 
 def save_at(run_dir: Path, examples: int, *, payload: bytes = b"weights", **options) -> Path:

@@ -84,6 +84,12 @@ def test_one_scaled_batch_is_the_only_spike(tmp_path, name, sign):
     assert (row["step"], row["spiked"], row["uids"]) == (60, [name], ["row:60"])
 
 
+def test_one_outlier_does_not_blind_the_guard_to_the_next():
+    guard = SpikeGuard(10.0, window=20)
+    losses = {50: 1e6, 55: 30.0}
+    assert [s for s in range(100) if guard.update(s, losses.get(s, 1.0), 1.0, [])] == [50, 55]
+
+
 def test_a_lasting_change_of_level_is_learnt():
     guard = SpikeGuard(10.0, window=20)
     spikes = [bool(guard.update(s, 1.0 if s < 50 else 30.0, 1.0, [])) for s in range(200)]
