@@ -159,6 +159,8 @@ class Trainer:
         )  # raises before any parameter moves
         lr = self.parts.schedule.set(self.parts.optimizer, self.step_count)
         metrics = sums.means("train", self.groups, skip=("objective",))
+        if len(self.groups) > 1:
+            metrics |= {f"train/group_counts/group_{g}": n for g, n in zip(self.groups, group_counts.tolist(), strict=True)}
         if applied:
             self.parts.optimizer.step()
             self.weighting.update(loss_sums, group_counts, num_examples)

@@ -23,6 +23,7 @@ class Needs:
                       (sum of losses / response tokens of the policy roles in the optimizer step).
     output            what the model's head gives: "logps" (language model), "reward" (scalar head),
                       "embedding" (general preference model).
+    dim               width of the embedding; None for the other outputs.
     trains            False for evaluation-only losses: the loop refuses to train with them.
     """
 
@@ -33,6 +34,7 @@ class Needs:
     tokens: bool = False
     unit: Literal["example", "token"] = "example"
     output: Literal["logps", "reward", "embedding"] = "logps"
+    dim: int | None = None
     trains: bool = True
 
 
@@ -66,9 +68,10 @@ class Scored:
     def one(self, role: str) -> Tensor:
         """(B,) int64 positions of a role of which every example has exactly one, in example order."""
         where = self.index(role)
-        if where.numel() != self.num_examples or not torch.equal(
-            self.example[where], torch.arange(self.num_examples, device=where.device)
-        ):
+        complete = where.numel() == self.num_examples
+        if complete and self.example.device.type == "cpu":  # on a GPU looking would stall the step
+            complete = torch.equal(self.example[where], torch.arange(self.num_examples))
+        if not complete:
             raise ValueError(f"role {role!r}: every example must have exactly one such response")
         return where
 
