@@ -176,11 +176,6 @@ def verify_scorer(run: Run, scorer: scoring.Scorer, rows: Sequence[Row]) -> None
         )
 
 
-def output_dim(run: Run) -> int | None:
-    """Width of the general preference model's embedding."""
-    return run.loss.dim if run.loss.needs.output == "embedding" else None
-
-
 # ---------------------------------------------------------------------------------------------------- the run
 
 
@@ -255,7 +250,7 @@ class _Session:
             self.spec,
             archive=self.spec.archive,
             output=self.loss.needs.output,
-            dim=output_dim(self.run_),
+            dim=self.loss.needs.dim,
             seed=self.config.seed,
             device=self.world.device,
             tokenizer=self.tokenizer,

@@ -38,19 +38,24 @@ class GPM:
 
     tau > 0: temperature of the score, which lies in [-1, 1]; 0.1 lets P reach 1 - 5e-5. The VRPO authors' models have
     tau = 1, so their P stays within [0.27, 0.73]. p is the column ``p_chosen`` or 1.
+    dim: width 2k of the embedding, even, >= 2; 2 is the authors' and already allows cycles, each two more add another plane.
 
-    Raises UserError for tau <= 0. Metrics: ``rewards/margins`` is s/tau, the log-odds; there are no rewards of single
+    Raises UserError for tau <= 0 and for an odd dim. Metrics: ``rewards/margins`` is s/tau, the log-odds; there are no rewards of single
     responses. Deviation: no prompt-dependent scale of the coordinate pairs.
     """
 
     tau: float = 0.1
+    dim: int = 8
 
     def __post_init__(self) -> None:
         require(self.tau > 0, "tau", self.tau, "must be > 0; try loss.tau=0.1")
+        require(
+            self.dim >= 2 and self.dim % 2 == 0, "dim", self.dim, "must be even and at least 2; try loss.dim=8"
+        )
 
     @property
     def needs(self) -> Needs:
-        return Needs(policy=PAIR, output="embedding")
+        return Needs(policy=PAIR, output="embedding", dim=self.dim)
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Batch) -> LossOutput:
         margin = preference_score(policy.value("chosen"), policy.value("rejected")) / self.tau

@@ -467,6 +467,7 @@ MOVED = {  # another legal value per field, with what it takes to be legal
     "base": {"base": "ramp"},
     "center_rewards_coefficient": {"center_rewards_coefficient": 0.2},
     "tau": {"tau": 0.7},
+    "dim": {"dim": 2},
     "unit": {"unit": "token"},
 }
 READ_ELSEWHERE = {("sft", "sft_on")}  # the data layer's key; its effect is tested with the data
