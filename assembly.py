@@ -394,7 +394,10 @@ class _Session:
             options=config.optimizer_options,
         )
         if found is not None:
-            restore_optimizer(optimizer, scorer.named_parameters(), found.optimizer(), state["optimizer"])
+            try:
+                restore_optimizer(optimizer, scorer.named_parameters(), found.optimizer(), state["optimizer"])
+            except ValueError as error:
+                raise UserError(f"{found.path}: {error}; use another exp_name= or fresh=true") from error
         steps = self.plan.num_steps
         warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
         schedule = Schedule(config.lr, warmup, steps, config.lr_schedule)

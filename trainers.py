@@ -123,6 +123,7 @@ class Trainer:
         self.evaluated_at = -1
         self.saved_at = -1
         self.exit_code = 0
+        self.restored: dict[str, int] = {}
 
     # -------------------------------------------------------------------------------------------- one step
 
@@ -223,7 +224,7 @@ class Trainer:
             self.evaluate(config.eval_splits)
         bar = progress(plan.num_examples, self.examples, self.world.is_main)
         with SignalFlag() as signal, bar:
-            while self.step_count < plan.num_steps:
+            while self.step_count < plan.num_steps and not self.parts.stopper.stopped:
                 start, before = time.perf_counter(), self.examples
                 metrics = self.step()
                 seconds = time.perf_counter() - start
@@ -235,29 +236,28 @@ class Trainer:
                 decision = None
                 if not last and crosses(before, self.examples, config.eval_every):
                     decision = self.evaluate(config.eval_splits)
-                stop = decision is not None and decision.stop
                 flagged = self.world.any(signal.is_set)
-                if flagged or stop or (not last and crosses(before, self.examples, save_every)):
+                if flagged or (decision is not None and decision.stop) or (not last and crosses(before, self.examples, save_every)):
                     self.save()
                 if flagged:
                     self.exit_code = signal.exit_code or 143
                     return "signal"
-                if stop:
-                    return "stopped"
-        return "finished"
+        return "stopped" if self.parts.stopper.stopped else "finished"
 
-    def evaluate(self, splits: Sequence[str]) -> Decision:
-        """Evaluate ``splits`` (those that exist), log, and ask the stopper what it means."""
+    def evaluate(self, splits: Sequence[str], judge: bool = True) -> Decision:
+        """Evaluate ``splits`` (those that exist) and log; ask the stopper what it means, unless ``judge`` is False."""
         metrics: dict[str, float] = {}
         for split in splits:
             if split in self.parts.evaluator.splits:
                 with autocast(self.config.precision, self.world.device):
                     found = self.parts.evaluator.run(split, self.policy, self.examples)
                 self.last_evaluation[split] = found
-                self.write("eval", found.metrics, split=found.prefix)
+                self.write("eval", found.metrics, split=found.prefix, **self.restored)
                 metrics |= found.metrics
         self.parts.evaluator.sample(self.policy, self.examples)
         self.evaluated_at = self.examples
+        if not judge:
+            return Decision(self.parts.schedule.scale)
         decision = self.parts.stopper.update(metrics, self.step_count, self.examples)
         self.parts.schedule.scale = decision.lr_scale
         if decision.cut:
@@ -268,14 +268,17 @@ class Trainer:
 
     def finish(self) -> None:
         """Restore the best weights if asked to, evaluate every split once, save."""
-        best = self.parts.stopper.best_examples() if self.parts.stopper.restores_best else None
-        if best is not None and best != self.examples:
-            log.info("restoring the best checkpoint, step-%d", best)
-            self.parts.read_model(self.parts.run_dir / f"step-{best}")
-            self.evaluated_at = -1
+        restored = self.parts.stopper.best_examples() if self.parts.stopper.restores_best else None
+        if restored == self.examples:
+            restored = None
+        if restored is not None:
+            log.info("restoring the best checkpoint, step-%d", restored)
+            self.parts.read_model(self.parts.run_dir / f"step-{restored}")
+            self.evaluated_at = self.saved_at = -1  # LATEST holds what was reported
+            self.restored = {"restored_from": restored}
         missing = [s for s in self.parts.evaluator.splits if s not in self.last_evaluation]
         if self.evaluated_at != self.examples or missing:
-            self.evaluate(list(self.parts.evaluator.splits))
+            self.evaluate(list(self.parts.evaluator.splits), judge=restored is None)
         self.save()
 
     # -------------------------------------------------------------------------------------------- records, state

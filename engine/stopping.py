@@ -39,6 +39,7 @@ class Never:
 
     metric: str | None = None
     restores_best = False
+    stopped = False
 
     def update(self, metrics: Mapping[str, float], step: int, examples: int) -> Decision:
         return Decision()
@@ -173,13 +174,15 @@ class PlateauRule:
         if cut:
             self.cuts, self.bad, self.cooling = self.cuts + 1, 0, self.settings.cooldown
             log.info("%s=%g: no improvement, learning rate x %g", self.metric, value, self.settings.factor)
-        return Decision(self.lr_scale, cut, self._stopped(), is_best)
+        return Decision(self.lr_scale, cut, self.stopped, is_best)
 
     @property
     def lr_scale(self) -> float:
         return self.settings.factor**self.cuts
 
-    def _stopped(self) -> bool:
+    @property
+    def stopped(self) -> bool:
+        """The learning rate has reached its floor: the run is over, also if it is started again."""
         return self.lr * self.lr_scale <= self.settings.min_lr * AT_MIN_LR
 
     def _improves(self, value: float) -> bool:
