@@ -32,7 +32,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[np.ndarray],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int | None = None,
@@ -44,6 +44,7 @@ def generate(
     """One response per prompt, in the order of ``prompts``.
 
     prompts      token ids with BOS where the tokenizer's rule wants it; never empty
+    max_new_tokens  for every prompt, or one number per prompt
     temperature  divides the logits; 0: the most probable token (lowest id among equals), no randomness
     top_p        keep the smallest set of most probable tokens whose probability reaches it (Holtzman et al. 2020); 1: all
     top_k        keep the k most probable tokens before top_p; None: all
@@ -54,7 +55,8 @@ def generate(
     A response ends with a stop token only if the model produced it; one cut at ``max_new_tokens`` has finished=False.
     Equal prompts of a batch are read once. The training mode of every module is as before on return.
     """
-    _check(model, prompts, keys, max_new_tokens, temperature, top_p, top_k, batch_size)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _check(model, prompts, keys, limits, temperature, top_p, top_k, batch_size)
     stops = torch.tensor(
         sorted(_stop_ids(model, tokenizer) if stop_ids is None else set(stop_ids)), dtype=torch.long
     )
@@ -66,10 +68,12 @@ def generate(
     with torch.no_grad(), _eval_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            uniforms = np.stack([stream(seed, "sample", *keys[i]).random(max_new_tokens) for i in chosen])
+            longest = max(limits[i] for i in chosen)
+            uniforms = np.stack([stream(seed, "sample", *keys[i]).random(longest) for i in chosen])
+            limit = torch.tensor([limits[i] for i in chosen])
             batch = [np.asarray(prompts[i], np.int64) for i in chosen]
             drawn = _generate_batch(
-                model, batch, torch.from_numpy(uniforms), stops, temperature, top_p, top_k
+                model, batch, torch.from_numpy(uniforms), limit, stops, temperature, top_p, top_k
             )
             for i, sample in zip(chosen, drawn, strict=True):
                 samples[i] = sample
@@ -80,14 +84,18 @@ def _check(
     model: nn.Module,
     prompts: Sequence[np.ndarray],
     keys: Sequence[tuple],
-    max_new_tokens: int,
+    limits: Sequence[int],
     temperature: float,
     top_p: float,
     top_k: int | None,
     batch_size: int,
 ) -> None:
-    if max_new_tokens < 1 or batch_size < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} batch_size={batch_size}: both must be at least 1")
+    if min(limits, default=1) < 1 or batch_size < 1:
+        raise UserError(
+            f"max_new_tokens={min(limits, default=1)} batch_size={batch_size}: both must be at least 1"
+        )
+    if len(limits) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many limits, not {len(limits)}")
     if not temperature >= 0:
         raise UserError(f"temperature={temperature}: must be >= 0; 0 takes the most probable token")
     if not 0 < top_p <= 1:
@@ -100,14 +108,13 @@ def _check(
         )
     if any(len(p) == 0 for p in prompts):
         raise ValueError("a prompt without tokens: there is nothing to condition on")
-    longest = max(map(len, prompts), default=0)
-    limit = getattr(
-        model.config, "max_position_embeddings", None
-    )  # Hugging Face's name; some models have none
-    if limit is not None and longest + max_new_tokens > limit:
+    # Hugging Face's name; some models have none
+    positions = getattr(model.config, "max_position_embeddings", None)
+    size, new = max(((len(p), n) for p, n in zip(prompts, limits, strict=True)), key=sum, default=(0, 0))
+    if positions is not None and size + new > positions:
         raise UserError(
-            f"max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens this passes the model's {limit} positions; "
-            f"at most {max(limit - longest, 0)} fit"
+            f"max_new_tokens={new}: with a prompt of {size} tokens this passes the model's {positions} positions; "
+            f"at most {max(positions - size, 0)} fit"
         )
 
 
@@ -137,12 +144,13 @@ def _generate_batch(
     model: nn.Module,
     prompts: list[np.ndarray],
     uniforms: Tensor,
+    limits: Tensor,
     stops: Tensor,
     temperature: float,
     top_p: float,
     top_k: int | None,
 ) -> list[Sample]:
-    """uniforms (B, max_new_tokens) float64 on the CPU. Rows leave the batch as they finish."""
+    """uniforms (B, largest limit) float64 and limits (B,) on the CPU. Rows leave the batch as they finish."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
@@ -158,8 +166,8 @@ def _generate_batch(
         drawn[alive, t] = tokens.cpu()
         num_drawn[alive] = t + 1
         finished[alive] = torch.isin(drawn[alive, t], stops)
-        going = ~finished[alive]
-        if t + 1 == uniforms.shape[1] or not going.any():
+        going = ~finished[alive] & (t + 1 < limits[alive])
+        if not going.any():
             break
         if not going.all():
             keep = going.to(device)

@@ -205,6 +205,16 @@ def test_a_longer_limit_extends_responses_without_changing_them():
             assert a.ids[-1] == 5
 
 
+def test_prompts_may_have_limits_of_their_own():
+    model = model_of(LLAMA, small=True)
+    limits = [1, 5, 20, 2, 9, 3, 5]
+    long = generate(model, Words(), PROMPTS, max_new_tokens=20, seed=1, keys=KEYS, batch_size=4)
+    own = generate(model, Words(), PROMPTS, max_new_tokens=limits, seed=1, keys=KEYS, batch_size=4)
+    assert ids_of(own) == [ids[:n] for ids, n in zip(ids_of(long), limits, strict=True)]
+    assert [s.finished for s in own] == [5 in s.ids for s in own]
+    assert any(not s.finished for s in own)
+
+
 def test_stop_tokens_of_the_generation_config_and_given_ones_end_a_response():
     model = model_of(LLAMA, small=True)
 
