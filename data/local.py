@@ -1,12 +1,16 @@
 """Your own data: JSONL, CSV or Parquet (or a set on the hub) in one of the formats below.
 
 A row has ``prompt`` and one of
-    chosen, rejected                 one pair (with p_chosen, margin and auxiliary responses if you like)
+    chosen, rejected                 one pair (with p_chosen, margin and auxiliary responses if you like; see below)
     responses and pairs              pairs [[i, j], ..] of response indices, the winner first
     responses and scores             every two responses of different score, the higher one chosen
     completion                       one completion to imitate (role "target")
 Without ``prompt`` the exact shared prefix of all completions is the prompt. Prompts and completions are text, or both
 are lists of messages {"role": .., "content": ..}. Every row may have ``group`` and ``weight``.
+
+Auxiliary responses, for variance-reduced losses, are ``aux_responses`` [[first, second], ..] with ``aux_preferences``
+[P(first preferred), ..] and ``chosen_preference``; ``aux_finished`` [[true, false], ..] says which ended by themselves: a
+response cut while it was generated gets no EOS. One pair may also be a_1, a_2 with the four preferences of the paper.
 """
 
 from __future__ import annotations
@@ -24,12 +28,13 @@ from utils import UserError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool")
 PREFERENCES = ("chosen_preference", "rejected_preference", "a_1_preference", "a_2_preference")
-AUXILIARY = ("a_1", "a_2", "aux_responses", "aux_preferences")
+AUXILIARY = ("a_1", "a_2", "aux_responses", "aux_preferences", "aux_finished")
 PAIR_ONLY = ("p_chosen", "margin", *AUXILIARY, *PREFERENCES)
 COLUMNS = (
     *("prompt", "chosen", "rejected", "responses", "pairs", "scores", "completion", "group", "weight"),
     *PAIR_ONLY,
 )
+WRITTEN = ("uid", "aux_from", "annotation")  # what commands.sample and commands.annotate write for people
 SHAPES = {"chosen": ("chosen", "rejected"), "responses": ("responses",), "completion": ("completion",)}
 SUM_TOLERANCE = 1e-6
 
@@ -62,7 +67,7 @@ class Settings(GroupedSettings):
 
 def load(name: str, settings: Settings, seed: int) -> dict[str, list[Example]]:
     """Examples by split. The data do not depend on the run's ``seed``."""
-    known = {*COLUMNS, *(theirs for theirs in settings.columns.values() if theirs)}
+    known = {*COLUMNS, *WRITTEN, *(theirs for theirs in settings.columns.values() if theirs)}
     if settings.group_field:
         known.add(settings.group_field)
     reader = Reader(name, settings, known)
@@ -170,6 +175,8 @@ def _pair(row: RawRow, settings: Settings, counts: Counter[str], common: dict) -
         counts["pairs of equal responses"] += 1
     roles = ["chosen", "rejected"] + ["aux_1", "aux_2"] * (len(auxiliary) // 2)
     response_scalars = {}
+    if "aux_finished" in row:
+        response_scalars["finished"] = (1.0, 1.0, *_finished(row, len(auxiliary) // 2))
     if preferences is not None:
         nan = float("nan")
         response_scalars["aux_preference"] = (nan, nan, *(v for p in preferences[1:] for v in (p, nan)))
@@ -236,6 +243,23 @@ def _many_auxiliary(row: RawRow) -> tuple[list[tuple[str, Text]], list[float] | 
         first,
         *(_item(row, f"aux_preferences[{m}]", p, "probability") for m, p in enumerate(found)),
     ]
+
+
+def _finished(row: RawRow, num_pairs: int) -> list[float]:
+    """1 where an auxiliary response ended by itself, 0 where it was cut while it was generated; aux_1, aux_2, aux_1, .."""
+    if "aux_responses" not in row:
+        raise row.bad("goes with aux_responses", "aux_finished")
+    found = field_of(row, "aux_finished", "list")
+    if len(found) != num_pairs:
+        raise row.bad(
+            f"{num_pairs} are due, one per pair of aux_responses, found {len(found)}", "aux_finished"
+        )
+    for m, pair in enumerate(found):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, bool) for x in pair)):
+            raise row.bad(
+                f"[true or false, true or false] is due, found {describe(pair)}", f"aux_finished[{m}]"
+            )
+    return [float(x) for pair in found for x in pair]
 
 
 def _all_or_none(row: RawRow, keys: Sequence[str], what: str) -> None:

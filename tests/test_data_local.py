@@ -277,6 +277,9 @@ MANY = {
         ({k: v for k, v in MANY.items() if k != "chosen_preference"}, "chosen_preference: missing, though aux_preferences"),
         ({k: v for k, v in MANY.items() if k != "aux_preferences"}, "aux_preferences: missing, though chosen_preference"),
         ({k: v for k, v in MANY.items() if k != "aux_responses"}, "aux_responses: no such column"),
+        ({**AUX, **FOUR, "aux_finished": [[True, True]]}, "aux_finished: goes with aux_responses"),
+        ({**MANY, "aux_finished": [[True, True]]}, "aux_finished: 2 are due, one per pair of aux_responses, found 1"),
+        ({**MANY, "aux_finished": [[True, 1], [True, True]]}, "aux_finished[0]: [true or false, true or false] is due"),
     ],
 )  # fmt: skip
 def test_bad_auxiliary_columns_are_named(values, problem):
@@ -289,3 +292,9 @@ def test_preferences_that_sum_to_one_within_rounding_are_accepted():
     (example,) = convert({**PAIR, **AUX, **FOUR, "a_1_preference": 1 / 3, "a_2_preference": 0.6666669})
     assert example.response_scalars["aux_preference"][2] == 1 / 3
     assert convert({**PAIR, "aux_responses": [], "aux_preferences": [], "chosen_preference": 0.5})[0].scalars
+
+
+def test_auxiliary_responses_that_were_cut_are_marked():
+    (example,) = convert({**PAIR, **MANY, "aux_finished": [[True, False], [False, True]]})
+    assert example.response_scalars["finished"] == (1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+    assert "finished" not in convert({**PAIR, **MANY})[0].response_scalars
