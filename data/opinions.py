@@ -35,7 +35,7 @@ from data.split import SPLITS
 from utils import UserError, stream
 
 GROUPS = ("north", "south", "coast", "hills", "plain")
-TOPICS = ("taxes", "rents", "bills", "fares", "wages", "loans")
+TOPICS = ("taxes", "rents", "wages", "loans")
 WORDINGS = ("rise", "fall")
 ANSWERS = ("++", "+", "0", "-", "--")
 LETTERS = ("A", "B", "C", "D", "E")
@@ -45,26 +45,24 @@ YEARS = ("20", "21", "22", "23")
 # the majority's ideal answer (0 agrees strongly .. 4 disagrees strongly) to "<topic> should rise" and ".. fall"
 MAJORITY = {
     "taxes": {"rise": 4, "fall": 0},
-    "rents": {"rise": 4, "fall": 0},
-    "bills": {"rise": 3, "fall": 0},
-    "fares": {"rise": 4, "fall": 1},
+    "rents": {"rise": 4, "fall": 1},
     "wages": {"rise": 0, "fall": 4},
-    "loans": {"rise": 3, "fall": 1},
+    "loans": {"rise": 3, "fall": 0},
 }
 # the topics on which a group's ideal is the opposite of the majority's
 DISSENT = {
     "north": (),
     "south": ("wages",),
-    "coast": ("taxes", "bills"),
-    "hills": ("rents", "fares", "wages"),
-    "plain": ("taxes", "rents", "bills", "fares", "wages"),
+    "coast": ("taxes",),
+    "hills": ("taxes", "wages"),
+    "plain": ("taxes", "rents", "wages", "loans"),
 }
 # how much a step away from the ideal costs, in log-odds
-SHARPNESS = {"north": 1.6, "south": 1.6, "coast": 1.6, "hills": 2.0, "plain": 2.4}
+SHARPNESS = {"north": 1.6, "south": 1.6, "coast": 1.6, "hills": 2.4, "plain": 2.0}
 CYCLIC_TOPIC = "loans"
-CYCLIC_SHARPNESS = 0.4  # opinions on the cyclic topic are weak ...
+CYCLIC_SHARPNESS = 0.2  # opinions on the cyclic topic are weak ...
 CYCLE = 1.0  # ... so that this term, in log-odds, decides between near answers
-MIXED = ("south", "fares")
+MIXED = ("hills", "rents")
 MIXED_MAJORITY = 0.75  # share of the camp with the group's own ideal
 ANCHORING = 0.35  # how strongly answers gather around the majority's ideal, in log-odds a step
 NOISE = 0.05
