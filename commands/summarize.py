@@ -106,29 +106,44 @@ def _chosen(names: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     return [known[name] for name in wanted]
 
 
-def differences(
-    loaded: Loaded, request: Request, numbers: Sequence[tuple[str, str, str, Bar]]
-) -> list[Difference]:
-    """Every pair of methods, or every method against the baseline."""
+def method_pairs(loaded: Loaded, baseline: str | None) -> list[tuple[str, str]]:
+    """Every pair of methods, or every method and the baseline."""
     methods = loaded.methods
-    if request.baseline is not None and request.baseline not in methods:
+    if baseline is None:
+        return list(itertools.combinations(methods, 2))
+    if baseline not in methods:
+        known = ", ".join(methods)
         raise UserError(
-            f"baseline={request.baseline}: no such method{did_you_mean(request.baseline, methods)}; methods: {', '.join(methods)}"
+            f"baseline={baseline}: no such method{did_you_mean(baseline, methods)}; methods: {known}"
         )
-    pairs = (
-        itertools.combinations(methods, 2)
-        if request.baseline is None
-        else ((m, request.baseline) for m in methods if m != request.baseline)
-    )
+    return [(m, baseline) for m in methods if m != baseline]
+
+
+def differences(
+    loaded: Loaded, pairs: Sequence[tuple[str, str]], numbers: Sequence[tuple[str, str, str, Bar]]
+) -> list[Difference]:
+    """The pairs' differences in every number of the tables; losses only where they are the same function."""
     places = list(dict.fromkeys((split, metric, group) for split, metric, group, _ in numbers))
     found = []
     for a, b in pairs:
         for split, metric, group in places:
+            if metric == "loss" and not same_loss(loaded, a, b):
+                continue
             seeds = _over_seeds(loaded, a, b, split, metric, group)
             prompts = _over_prompts(loaded, a, b, split, metric, group)
             if seeds is not None or prompts is not None:
                 found.append(Difference(a, b, split, metric, group, seeds, prompts))
     return found
+
+
+def same_loss(loaded: Loaded, a: str, b: str) -> bool:
+    """Whether the two methods' losses measure the same thing: no setting of ``loss.*`` that both have differs, its name aside.
+
+    A group-robust run logs its base loss; DPO and IPO, or two betas, are different scales.
+    """
+    first, second = (loaded.of(m)[0].config for m in (a, b))
+    common = [k for k in first if k in second and k.startswith("loss.") and k != "loss.name"]
+    return all(first[k] == second[k] for k in common)
 
 
 def _last_by_seed(loaded: Loaded, method: str, split: str, metric: str, group: str) -> dict[int, float]:
@@ -246,12 +261,14 @@ def markdown(numbers: Sequence, found: Sequence[Difference], warnings: Sequence[
         lines += [
             f"## {split}/{metric}",
             "",
-            "| method | n | " + " | ".join(map(group_label, groups)) + " |",
+            "| method | n | " + " | ".join(_cell(group_label(g)) for g in groups) + " |",
             "|---" * (2 + len(groups)) + "|",
         ]
         for method, row in rows.items():
             texts = [number(v.mean, v.low, v.high) if (v := row.get(g)) else "" for g in groups]
-            lines.append(f"| {method} | {max(v.n for v in row.values())} | " + " | ".join(texts) + " |")
+            lines.append(
+                f"| {_cell(method)} | {max(v.n for v in row.values())} | " + " | ".join(texts) + " |"
+            )
         lines.append("")
     lines += [
         "n: seeds. ±: 95 % t interval over seeds. [low, high]: one run, 95 % interval over its examples.",
@@ -272,7 +289,7 @@ def markdown(numbers: Sequence, found: Sequence[Difference], warnings: Sequence[
                 verdict(d.seeds, "seeds"),
                 "" if d.group in ("mean_group", "worst_group") else verdict(d.prompts, "prompts"),
             )
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
         count = sum(i is not None and i.n > 1 for d in found for i in (d.seeds, d.prompts))
         lines += [
             "",
@@ -283,6 +300,10 @@ def markdown(numbers: Sequence, found: Sequence[Difference], warnings: Sequence[
             "",
         ]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def summary_table(numbers: Sequence[tuple[str, str, str, Bar]]) -> pd.DataFrame:
@@ -369,8 +390,16 @@ def main(words: Sequence[str]) -> list[Path]:
     _records.cache_clear()
     loaded = load(request)
     numbers = cells(loaded, request)
-    found = differences(loaded, request, numbers)
-    text = markdown(numbers, found, warnings_about(loaded, loaded.methods))
+    pairs = method_pairs(loaded, request.baseline)
+    found = differences(loaded, pairs, numbers)
+    warnings = warnings_about(loaded, loaded.methods)
+    if any(metric == "loss" for _, metric, _, _ in numbers):
+        warnings += [
+            f"{a} and {b}: not compared by loss, their losses are different functions"
+            for a, b in pairs
+            if not same_loss(loaded, a, b)
+        ]
+    text = markdown(numbers, found, warnings)
     print(text)
     if request.out is None:
         return []

@@ -17,7 +17,7 @@ from config.build import build
 from plot_scripts import canvas
 from plot_scripts.aggregate import LEVEL, warnings_about
 from plot_scripts.load import Loaded, RunInfo, read_yaml
-from plot_scripts.panels import FILE_KINDS, RUN_KINDS, Drawn, Panel, group_label, series_names
+from plot_scripts.panels import FILE_KINDS, RUN_KINDS, Drawn, Panel, group_label, moves, series_names
 from utils import UserError, did_you_mean
 
 FIGURES = Path(__file__).resolve().parent / "figures"
@@ -156,10 +156,13 @@ def drawable(figure: Figure, loaded: Loaded | None) -> list[Panel]:
 
 
 def _logged(panel: Panel, loaded: Loaded) -> bool:
-    """Whether some run logged each of the panel's metrics for one of its groups in one of its splits."""
+    """Whether some run logged each of the panel's metrics for one of its groups in one of its splits (and it moves)."""
 
     def found(metric: str, split: str, group: str) -> bool:
-        return bool(loaded.groups(split, metric)) if group == "*" else loaded.has(split, metric, group)
+        names = loaded.groups(split, metric) if group == "*" else [group]
+        if panel.moving:
+            return any(moves(loaded, method, split, metric, names) for method in loaded.methods)
+        return any(loaded.has(split, metric, name) for name in names)
 
     groups, splits = ([part.strip() for part in text.split(",")] for text in (panel.group, panel.split))
     metrics = [m for m in (panel.metric, panel.x_metric) if m]

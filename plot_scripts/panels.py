@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from engine.stats import wilson_bounds
-from plot_scripts.aggregate import LEVEL, Bar, Curve, absent_warning, bar, curve, ends_warning
+from plot_scripts.aggregate import LEVEL, Bar, Curve, absent_warning, bar, collect, curve, ends_warning
 from plot_scripts.canvas import INK, PALE, WARN, Look
 from plot_scripts.load import Loaded
 from utils import UserError, did_you_mean
@@ -31,6 +31,7 @@ class Panel:
     group     "" (all examples) | worst_group | mean_group | group_<name> | * (each group); bars take a comma-separated list
     bins      curves: average over so many equal stretches of examples (for what is logged every step)
     lines     reference lines: {label: value} or {label: {group name: value}}
+    moving    curves: leave out methods for which the metric never changes (the weights of an unweighted run)
     optional  leave the panel out when no run logged the metric
     x, y, series, low, high   xy: column names; reliability: x is the prediction, y the outcome, series the method
     """
@@ -49,6 +50,7 @@ class Panel:
     yscale: Literal["linear", "log"] = "linear"
     xscale: Literal["linear", "log"] = "linear"
     lines: dict[str, Any] = field(default_factory=dict)
+    moving: bool = False
     optional: bool = False
     x: str = ""
     y: str = ""
@@ -101,9 +103,10 @@ def draw_curves(
     drawn = Drawn()
     split = loaded.first_split(panel.split, panel.metric, panel.group)
     names = loaded.groups(split, panel.metric) if panel.group == "*" else [panel.group]
+    chosen = [m for m in methods if not panel.moving or moves(loaded, m, split, panel.metric, names)]
     curves = [
         c
-        for m in methods
+        for m in chosen
         for g in names
         if (c := curve(loaded, m, split, panel.metric, g, panel.bins, carry)) is not None
     ]
@@ -138,6 +141,12 @@ def draw_curves(
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel(panel.xlabel or "examples")
     return drawn
+
+
+def moves(loaded: Loaded, method: str, split: str, metric: str, groups: Sequence[str]) -> bool:
+    """Whether any run of the method logged two different values."""
+    runs = [y for g in groups for _, _, y in collect(loaded, method, split, metric, g)]
+    return any(np.ptp(y) > 0 for y in runs)
 
 
 def _draw_curve(ax: Axes, c: Curve, colour: str, dash: Any) -> None:

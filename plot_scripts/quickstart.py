@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from plot_scripts.draw import Figure, draw_figure
+from plot_scripts.draw import Figure, draw_figure, drawable
 from plot_scripts.load import Loaded, load_directories
 from plot_scripts.panels import Panel
 
@@ -38,7 +39,7 @@ def quickstart_figure(
         group="*",
         bins=200,
         ylabel="weight",
-        optional=True,
+        moving=True,
     )
     margins = Panel(
         kind="curves",
@@ -59,13 +60,13 @@ def quickstart_figure(
         ),
         Panel(kind="curves", title="Held-out accuracy", group=group, lines=lines, optional=True, **ACCURACY),
         Panel(kind="bars", title="Accuracy at the end", group=group, lines=lines, optional=True, **ACCURACY),
-        weights if loaded.groups("train", "weights") else margins,
+        weights if drawable(Figure([replace(weights, optional=True)]), loaded) else margins,
     ]
     return draw_figure(Figure(panels, columns=2), name, Path(out), loaded)
 
 
 def _scale(loaded: Loaded) -> str:
-    """Logarithmic where the losses of the runs are far apart (an SFT loss is a sum of nats over tokens, DPO's starts at log 2)."""
+    """Logarithmic where the losses of the runs are far apart (an SFT loss counts nats of text, DPO's starts at log 2)."""
     values = [
         y
         for (_, split, metric, group), (_, y) in loaded.series.items()

@@ -166,3 +166,16 @@ def test_folders_with_equals_signs_and_commas_are_folders(tmp_path, capsys):
     make_run(tmp_path, "dpo", 0, name="lr=0.1,seed=0")
     assert main([str(tmp_path / "lr=0.1,seed=0"), "metric=loss"]) == []
     assert "| dpo | 1 |" in capsys.readouterr().out
+
+
+def test_losses_of_different_functions_are_not_compared(tmp_path, capsys):
+    for loss, beta in (("ipo", 0.1), ("gr_ipo", 0.1), ("odd|one", 0.01)):
+        folder = make_run(tmp_path, loss, 0, name=loss.replace("|", "_"))
+        path = folder / "config.yaml"
+        path.write_text(path.read_text().replace("beta: 0.1", f"beta: {beta}"))
+    text, _, found, _ = summary(capsys, str(tmp_path), f"out={tmp_path / 'out'}")
+    by_loss = found[found["metric"] == "loss"]
+    assert set(zip(by_loss["a"], by_loss["b"], strict=True)) == {("gr_ipo", "ipo")}
+    assert len(set(zip(found["a"], found["b"], strict=True))) == 3  # accuracies are compared all the same
+    assert "ipo and odd|one: not compared by loss, their losses are different functions" in text
+    assert "| odd\\|one | 1 |" in text
