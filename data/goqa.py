@@ -223,20 +223,23 @@ def country_examples(
             counts[f"questions left out of training: train_frac={settings.train_frac:g}"] += 1
             continue
         frequencies = question.answers[country]
+        best = best_of(frequencies)
         rng = stream(settings.pair_seed, "goqa", prompt)
         one = settings.mode == "best_random"
         pairs = best_random(frequencies, rng) if one else ranked(frequencies, settings.max_pairs, rng)
         if not pairs:
             counts["questions skipped: all answers are equally frequent"] += 1
-        meta = {"country": country, "sft_target": LETTERS[best_of(frequencies)]}
         for k, (winner, loser) in enumerate(pairs):
+            responses = [("chosen", LETTERS[winner]), ("rejected", LETTERS[loser])]
+            if k == len(pairs) - 1 and winner != best:  # SFT imitates the last winner unless told otherwise
+                responses.append(("target", LETTERS[best]))
             examples[split].append(
                 Example(
                     uid=f"{question.line}/{country}" + ("" if one else f"#{k}"),
                     prompt=prompt,
-                    responses=(("chosen", LETTERS[winner]), ("rejected", LETTERS[loser])),
+                    responses=tuple(responses),
                     group=country,
-                    meta={**meta, "frequencies": (frequencies[winner], frequencies[loser])},
+                    meta={"country": country, "frequencies": (frequencies[winner], frequencies[loser])},
                 )
             )
     return examples

@@ -58,14 +58,14 @@ DISSENT = {
     "plain": ("taxes", "rents", "wages", "loans"),
 }
 # how much a step away from the ideal costs, in log-odds
-SHARPNESS = {"north": 1.6, "south": 1.6, "coast": 1.6, "hills": 2.4, "plain": 2.0}
+SHARPNESS = {"north": 2.8, "south": 2.2, "coast": 2.2, "hills": 2.2, "plain": 2.2}
 CYCLIC_TOPIC = "loans"
 CYCLIC_SHARPNESS = 0.2  # opinions on the cyclic topic are weak ...
 CYCLE = 1.0  # ... so that this term, in log-odds, decides between near answers
-MIXED = ("hills", "rents")
-MIXED_MAJORITY = 0.75  # share of the camp with the group's own ideal
-ANCHORING = 0.35  # how strongly answers gather around the majority's ideal, in log-odds a step
-NOISE = 0.05
+MIXED = ("north", "rents")
+MIXED_MAJORITY = 0.8  # share of the camp with the group's own ideal
+ANCHORING = 0.25  # how strongly answers gather around the majority's ideal, in log-odds a step
+NOISE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)

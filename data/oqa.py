@@ -92,17 +92,19 @@ def question_examples(row: RawRow, settings: Settings, name: str, counts: Counte
     pairs = draw(frequencies, prompt, settings)
     if not pairs:
         counts["questions skipped: the two answers are equally frequent"] += 1
+    best = best_of(frequencies)
     return [
         Example(
             uid=str(row.line),
             prompt=prompt,
-            responses=(("chosen", LETTERS[winner]), ("rejected", LETTERS[loser])),
+            # SFT imitates the winner unless told otherwise
+            responses=(
+                ("chosen", LETTERS[winner]),
+                ("rejected", LETTERS[loser]),
+                *([("target", LETTERS[best])] if winner != best else []),
+            ),
             group=name,
-            meta={
-                "question": question,
-                "sft_target": LETTERS[best_of(frequencies)],
-                "frequencies": (frequencies[winner], frequencies[loser]),
-            },
+            meta={"question": question, "frequencies": (frequencies[winner], frequencies[loser])},
         )
         for winner, loser in pairs
     ]

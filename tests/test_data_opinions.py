@@ -62,17 +62,17 @@ def test_preferences_are_antisymmetric_and_noise_flips_labels():
     for cell in CELLS:
         for i, j in itertools.product(range(N), repeat=2):
             p = opinions.preference_probability(*cell, i, j)
-            assert 0.04 < p < 0.96 and p + opinions.preference_probability(*cell, j, i) == pytest.approx(1)
+            assert 0.02 < p < 0.98 and p + opinions.preference_probability(*cell, j, i) == pytest.approx(1)
             clean = opinions.preference_probability(*cell, i, j, noise=0.0)
-            assert p == pytest.approx(0.95 * clean + 0.05 * (1 - clean))
+            assert p == pytest.approx(0.97 * clean + 0.03 * (1 - clean))
             assert opinions.preference_probability(*cell, i, j, noise=0.5) == pytest.approx(0.5)
 
 
 def test_preference_without_cycle_or_mixture_is_logistic_in_the_distance_from_the_ideal():
-    # plain on taxes that rise: dissent, so the ideal is A; 2 log-odds a step
+    # plain on taxes that rise: dissent, so the ideal is A; 2.2 log-odds a step
     assert opinions.ideal("plain", "taxes", "rise") == 0 and opinions.ideal("north", "taxes", "rise") == 4
     p = opinions.preference_probability("plain", "taxes", "rise", 1, 3, noise=0.0)
-    assert p == pytest.approx(1 / (1 + math.exp(-2.0 * 2)))
+    assert p == pytest.approx(1 / (1 + math.exp(-2.2 * 2)))
     # south on rents that fall (no dissent): the ideal is 1, and 0 and 2 are equally far from it
     assert opinions.preference_probability("south", "rents", "fall", 0, 2) == pytest.approx(0.5)
 
@@ -193,7 +193,7 @@ def test_bayes_accuracy_in_three_ways(data):
         assert abs(right.mean() - bayes) < TOLERANCE * spread
         exact = np.mean([opinions.law_accuracy(group, *c) for c in itertools.product(TOPICS, WORDINGS)])
         assert abs(bayes - exact) < TOLERANCE * np.maximum(p, 1 - p).std() / math.sqrt(len(p))
-        assert 0.8 < exact < 0.85
+        assert 0.83 < exact < 0.88
 
 
 def test_splits_have_the_sizes_and_groups_asked_for(data):
