@@ -372,19 +372,24 @@ def wandb_runs(
 
     Reads the whole history (``scan_history``), not W&B's sample of it. ``api``: an object like ``wandb.Api()``.
     """
-    if api is None:
-        import wandb
-
-        api = wandb.Api()
     where = f"{entity}/{project}" if entity else project
-    for run in api.runs(where, filters=dict(filters or {}), order="+created_at"):
+    failures: tuple[type[Exception], ...] = (ValueError, OSError)  # no such project; no connection
+    try:
+        if api is None:
+            import wandb
+
+            failures += (wandb.errors.Error,)
+            api = wandb.Api()
+        found = list(api.runs(where, filters=dict(filters or {}), order="+created_at"))
+    except failures as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        advice = "log in with `wandb login`, check entity and project, or draw from run directories"
+        raise UserError(f"W&B {where}: {reason}; {advice}") from error
+    for run in found:
         config = dict(run.config)
         facts = config.pop("provenance", None) or {}
         if "config_hash_no_seed" not in facts and re.fullmatch(r"[0-9a-f]{12,64}", str(run.group)):
-            facts = {
-                **facts,
-                "config_hash_no_seed": run.group,
-            }  # ours go by their config's hash without the seed
+            facts = {**facts, "config_hash_no_seed": run.group}  # our runs are grouped by that hash
         if "git" not in facts and run.commit:
             facts = {**facts, "git": {"commit": run.commit}}
         yield RawRun(

@@ -457,6 +457,20 @@ def test_a_cached_answer_redraws_without_network(runs, tmp_path):
         load.load_wandb("team", "project", cache=tmp_path, refresh=True, api=Unreachable())
 
 
+def test_an_unknown_project_is_one_message():
+    class Refuses:
+        def runs(self, where, **_):
+            raise ValueError(f"Could not find project {where}\nmore")
+
+    with pytest.raises(
+        UserError, match=r"^W&B team/projct: Could not find project team/projct; log in with"
+    ) as caught:
+        load.load_wandb("team", "projct", api=Refuses())
+    assert "more" not in str(caught.value)
+    with pytest.raises(UserError, match="no runs"):
+        load.load_wandb("team", "empty", api=FakeApi([]))
+
+
 def test_runs_of_older_programs_are_read_under_our_names(runs):
     folders = load.find_runs([runs])[:2]
     ours = load.load_directories(folders)
