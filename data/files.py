@@ -122,7 +122,7 @@ class Reader:
         return done
 
     def hub(self, convert: Callable[[RawRow], T]) -> dict[str, list[T]]:
-        """The converted rows of the hub's data set, by the hub's split names."""
+        """The converted rows of the hub's data set by split: train, and validation and test where it has them."""
         s = self.settings
         if s.hub is None:
             raise UserError(
@@ -130,7 +130,16 @@ class Reader:
             )
         streaming = s.max_rows is not None  # a few rows of a huge set: fetch no more than those
         found = read_hub(f"data.{self.name}", s.hub, s.hub_config, s.hub_folder, s.revision, streaming)
-        return {split: self._collect(f"{s.hub}[{split}]", rows, convert)[0] for split, rows in found.items()}
+        if "train" not in found:
+            raise UserError(
+                f"data.{self.name}.hub={s.hub}: it has the splits {', '.join(found)} but no train; "
+                f"download the file you want and set data.{self.name}.path="
+            )
+        return {
+            split: self._collect(f"{s.hub}[{split}]", rows, convert)[0]
+            for split, rows in found.items()
+            if split in SPLITS
+        }
 
     def _collect(
         self, file: str, rows: Iterator[RawRow | BadRow], convert: Callable[[RawRow], T]
@@ -205,11 +214,7 @@ def _read_parts(
     reader: Reader, settings: FileSettings, convert: Callable[[RawRow], list[Example]]
 ) -> dict[str, list[Example]]:
     if settings.path is None:
-        found = {split: rows for split, rows in reader.hub(convert).items() if split in SPLITS}
-        if "train" not in found:
-            raise UserError(
-                f"data.{reader.name}.hub={settings.hub}: it has no split 'train'; download it, set .path="
-            )
+        found = reader.hub(convert)
     else:
         files = (
             ("train", "path", settings.path),

@@ -13,7 +13,8 @@ Law of a pair for (group, topic, wording):
     label       y1 is preferred with probability ``preference_probability`` (noise included).
 
 The preferences are a mixture of logistic ones around an ideal answer, which the groups place differently: every group
-but the largest disagrees with the majority on some topics, the smaller the group the more. Two parts of the law are of
+but the largest disagrees with the majority on some topics, the smallest on all. The error that nobody can avoid is
+about the same in all groups, so that a group which a model serves worse is one it has not learned. Two parts of the law are of
 no Bradley-Terry form: on the topic CYCLIC_TOPIC a cyclic term dominates, so that no ranking of the answers agrees with
 all preferences, and MIXED (a group and a topic) is two camps with opposite ideals.
 
@@ -109,7 +110,7 @@ class Settings:
 
 
 def ideal(group: str, topic: str, wording: str) -> int:
-    """The group's ideal answer, 0 (yes) to 4 (no)."""
+    """The group's ideal answer, 0 (agrees strongly) to 4 (disagrees strongly)."""
     majority = MAJORITY[topic][wording]
     return len(ANSWERS) - 1 - majority if topic in DISSENT[group] else majority
 

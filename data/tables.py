@@ -32,8 +32,7 @@ def read_csv(path: Path, counts: Counter[str]) -> Iterator[RawRow | BadRow]:
 
     The place of a record is the line it starts on. A byte order mark and blank lines are accepted and counted.
     """
-    lines = list(byte_lines(path))
-    data = b"".join(line for _, line in lines)
+    data = b"".join(line for _, line in byte_lines(path))
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -95,6 +94,22 @@ def read_hub(
     key: str, hub: str, config: str | None, folder: str | None, revision: str | None, streaming: bool
 ) -> dict[str, Iterator[RawRow | BadRow]]:
     """The splits of a data set on the hub. ``key`` is the config prefix, e.g. "data.hh", for the message."""
+
+    def trouble(error: Exception) -> UserError:
+        # the hub's client raises errors of a dozen libraries: each means that the data are not to be had
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return UserError(
+            f"{key}.hub={hub} (revision {revision or 'newest'}): could not be loaded ({reason}); "
+            f"set {key}.path= to a local file"
+        )
+
+    def rows_of(split: str, rows: Any) -> Iterator[RawRow | BadRow]:
+        try:
+            for number, values in enumerate(rows, start=1):
+                yield _dict_row(f"{hub}[{split}]", number, values)
+        except Exception as error:
+            raise trouble(error) from error
+
     try:
         import datasets
 
@@ -102,18 +117,8 @@ def read_hub(
             hub, name=config, data_dir=folder, revision=revision, streaming=streaming
         )
     except Exception as error:
-        # the hub's client raises errors of a dozen libraries: each means that the data are not to be had
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(
-            f"{key}.hub={hub} (revision {revision or 'newest'}): could not be loaded ({reason}); "
-            f"set {key}.path= to a local file"
-        ) from error
-    return {split: _hub_rows(f"{hub}[{split}]", rows) for split, rows in found.items()}
-
-
-def _hub_rows(name: str, rows: Any) -> Iterator[RawRow | BadRow]:
-    for number, values in enumerate(rows, start=1):
-        yield _dict_row(name, number, values)
+        raise trouble(error) from error
+    return {split: rows_of(split, rows) for split, rows in found.items()}
 
 
 def _dict_row(file: str, number: int, values: dict[str, Any]) -> RawRow:

@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.jsonl import BadRow, BadRowPolicy, RawRow, collect, field_of, parse_json, read_jsonl
 from data.tables import read_csv, read_parquet, read_table
@@ -101,6 +103,19 @@ def test_line_separators_and_strange_characters_survive_in_strings(tmp_path):
     for ascii_only in (True, False):
         data = json.dumps({"text": text}, ensure_ascii=ascii_only).encode() + b"\n" + GOOD
         assert collected(tmp_path / "d.jsonl", data, BadRowPolicy())[0] == [text, "a"]
+
+
+@given(
+    st.dictionaries(
+        st.text(),
+        st.one_of(st.text(), st.floats(allow_nan=False, allow_infinity=False), st.none()),
+        max_size=4,
+    ),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_whatever_json_can_say_comes_back_equal(values, ascii_only):
+    assert parse_json(json.dumps(values, ensure_ascii=ascii_only)) == values
 
 
 def test_long_line_is_read(tmp_path):

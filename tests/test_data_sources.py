@@ -223,6 +223,24 @@ def test_hub_failure_is_one_message_that_says_what_to_do(fake_hub):
     assert message.endswith("set data.hh.path= to a local file") and "\n" not in message
 
 
+def test_hub_that_breaks_off_or_has_no_train_split_is_an_error(fake_hub):
+    _, splits = fake_hub
+
+    def breaks_off():
+        yield rows("hh.jsonl")[0]
+        raise TimeoutError("read timed out")
+
+    splits.update(train=breaks_off())
+    with pytest.raises(
+        UserError, match=r"could not be loaded \(TimeoutError: read timed out\); set data.hh.path="
+    ):
+        hh.load("hh", hh.Settings(), 0)
+    splits.clear()
+    splits.update(all=rows("hh.jsonl"))
+    with pytest.raises(UserError, match="it has the splits all but no train"):
+        hh.load("hh", hh.Settings(), 0)
+
+
 def test_local_without_a_path_says_so():
     with pytest.raises(UserError, match=r"data.local_a.path is not set"):
         local.load("local_a", local.Settings(), 0)
