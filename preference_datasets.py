@@ -115,22 +115,16 @@ class _Codec:
         self.tokenizer = tokenizer
         self.label = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
-            raise UserError(
-                f"tokenizer {self.label}: has no tokenizer.json; save it as a fast tokenizer first"
-            )
+            raise UserError(f"tokenizer {self.label}: has no tokenizer.json; save a fast tokenizer first")
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"tokenizer {self.label}: has no EOS token, so no response could end; set its eos_token"
-            )
+            raise UserError(f"tokenizer {self.label}: has no EOS token; set its eos_token")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
             log.info("tokenizer %s has no pad token: using its EOS, %s", self.label, tokenizer.eos_token)
         self.eos: int = tokenizer.eos_token_id
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-        words = sorted(
-            special, key=lambda word: (-len(word), word)
-        )  # the longest first: it wins where several match
+        words = sorted(special, key=lambda word: (-len(word), word))  # where several match, the longest wins
         self.secret = _names("a special token of the template", words)
         self.quote = _names("a special token quoted in the text", words)
         self._words = re.compile("|".join(map(re.escape, words)))
@@ -180,24 +174,19 @@ class _Codec:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"{uid}: lone surrogate at character {error.start}: not valid Unicode; mend the row"
-            ) from None
+            raise UserError(f"{uid}: lone surrogate at character {error.start}; mend the row") from None
         if any(name in text for name in self._reserved):
-            raise UserError(
-                f"{uid}: contains a name that this program reserves, one of {self._reserved}; remove it"
-            )
+            raise UserError(f"{uid}: contains a name reserved here, one of {self._reserved}; remove it")
         return text
 
     def render(self, uid: str, messages: Sequence[Message], generate: bool) -> str:
         """The chat as text in which the template's special tokens have their secret names, and quoted ones are text."""
-        if not messages or self.tokenizer.chat_template is None:
-            what = (
-                "has no chat template; use a chat model or plain strings"
-                if messages
-                else "was given no messages"
+        if not messages:
+            raise UserError(f"{uid}: the prompt has no messages; remove the row")
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"{uid}: tokenizer {self.label} has no chat template for messages; use plain text"
             )
-            raise UserError(f"{uid}: tokenizer {self.label} {what}")
         for message in messages:
             self.check(uid, message["content"])
         return self._rendered(uid, messages, generate)
@@ -210,9 +199,7 @@ class _Codec:
         try:
             text = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=generate)
         except TemplateError as error:
-            raise UserError(
-                f"{uid}: the chat template of {self.label} refuses these messages: {error}"
-            ) from error
+            raise UserError(f"{uid}: the chat template of {self.label} says: {error}") from error
         text = self._words.sub(lambda found: self.secret[found[0]], text)
         return self._quoted.sub(lambda found: self._unquote[found[0]], text)
 
@@ -238,9 +225,7 @@ class _Codec:
         marked = (*chat, *added[:-1], {**added[-1], "content": self._mark})
         tail = self._rendered(uid, marked, False).rpartition(self._mark)[2]
         if not body.endswith(tail):
-            raise UserError(
-                f"{uid}: cannot tell where the unfinished response ends in the template of {self.label}"
-            )
+            raise UserError(f"{uid}: the template of {self.label} hides where the unfinished response ends")
         return body.removesuffix(tail)
 
 
@@ -470,7 +455,7 @@ def tokenize(
         tally.add(
             "responses_cut", group, sum(len(a) < len(b) for a, b in zip(cut, one.responses, strict=True))
         )
-        tally.add("empty", group, sum(ids == [codec.eos] for ids in one.responses))
+        tally.add("empty", group, sum(_is_blank(one.example.responses[i][1]) for i in one.kept))
         tally.add("unfinished", group, one.finished.count(False))
         tally.add("identical", group, is_identical(row))
     if counts is None:

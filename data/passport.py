@@ -23,7 +23,7 @@ KINDS = {
     "prompts_cut": "prompts cut to max_prompt_length",
     "responses_cut": "responses cut to fit max_length (EOS kept)",
     "dropped": "rows dropped, longer than max_length (truncation=drop)",
-    "empty": "responses without text, scored as EOS alone",
+    "empty": "responses without text: EOS (and any white space) is scored",
     "blank_targets": "rows dropped, the target has no text",
 }
 DEFECTS = ("prompts_cut", "responses_cut", "dropped", "empty", "blank_targets")

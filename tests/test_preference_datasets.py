@@ -284,12 +284,23 @@ def test_quoted_special_tokens_stay_text_through_a_chat_template(family, name):
     assert tokenizer.decode(row.responses[0]).startswith(quoting)
 
 
+def test_of_two_special_tokens_that_begin_alike_the_longer_one_is_meant():
+    tokenizer = gpt2_like()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>2"]})
+    tokenizer.chat_template = CHATML.replace("<|im_start|>", "<|im_start|>2")
+    row = one_row(example(prompt=CHAT), tokenizer)
+    assert row.prompt.tolist() == tokenizer.apply_chat_template(
+        list(CHAT), add_generation_prompt=True, return_dict=False
+    )
+    assert row.prompt[0] == tokenizer.convert_tokens_to_ids("<|im_start|>2")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_text_cannot_contain_the_secret_names(family, name):
     from preference_datasets import _Codec
 
     secret = next(iter(_Codec(family[name], "auto").secret.values()))
-    with pytest.raises(UserError, match="d/train:0: contains a name that this program reserves"):
+    with pytest.raises(UserError, match="d/train:0: contains a name reserved here"):
         rows_of(example(chosen=f"a {secret}"), family[name])
 
 
@@ -429,7 +440,7 @@ def test_an_empty_response_is_eos_alone_and_counted(tokenizer):
     assert rows[0].responses[0].tolist() == rows[1].responses[1].tolist() == eos
     assert [r.tolist() for r in rows[2].responses] == [eos, eos]
     assert len(rows[3].responses[0]) > 1, "white space is text"
-    assert (counts.total("empty"), counts.total("identical")) == (4, 1)
+    assert (counts.total("empty"), counts.total("identical")) == (5, 1)
 
 
 def test_equal_responses_are_kept_and_counted(tokenizer):
@@ -513,6 +524,8 @@ def test_golden_truncation(family):
     assert got(max_length=15, max_prompt_length=4, truncation="keep_end") == (b"fgh", [b"ABCDEF", b"xy"], 257)
     assert got(max_length=6, max_prompt_length=4, truncation="keep_end") == (b"fgh", [b"A", b"x"], 257)
     assert got(max_length=2, max_prompt_length=1) == (b"", [b"", b""], 257)
+    text = example(prompt="abcdefgh", chosen="xy", rejected="ABCDEF")  # now the rejected is what does not fit
+    assert got(max_length=15, max_prompt_length=4) == (b"abc", [b"xy", b"ABCDEF"], 257)
 
 
 ids_strategy = st.lists(st.integers(0, 255), max_size=30)
@@ -556,16 +569,11 @@ def test_truncation_keeps_its_promises(head, prompt, responses, max_length, data
         assert cut[: len(cut) - done] == ids[: len(cut) - done]
 
 
-def test_one_long_response_cuts_the_prompt_of_all(tokenizer):
+@pytest.mark.parametrize("role", ["chosen", "rejected"])
+def test_one_long_response_cuts_the_prompt_of_all(tokenizer, role):
     counts = Counts()
-    long = " the lazy dog" * 30
-    row = one_row(
-        example(prompt="The quick brown fox" * 5, chosen=long),
-        tokenizer,
-        counts,
-        max_length=40,
-        max_prompt_length=8,
-    )
+    pair = example(prompt="The quick brown fox" * 5, **{role: " the lazy dog" * 30})
+    row = one_row(pair, tokenizer, counts, max_length=40, max_prompt_length=8)
     assert len(row.prompt) == 8
     assert max(map(len, row.responses)) == 32
     assert row.responses[0][-1] == row.responses[1][-1] == tokenizer.eos_token_id
@@ -676,7 +684,11 @@ def test_a_long_list_gives_the_same_rows_as_its_parts(family, monkeypatch):
 def test_without_counts_one_line_a_kind_is_logged(family, caplog):
     with caplog.at_level(logging.INFO, logger="robust_pref"):
         tokenize([example(chosen="")], family["shipped"], Tokenization(), groups=["d"])
-    assert [m for m in caplog.messages if "scored as EOS alone: 1 (d 1)" in m]
+    assert [
+        m
+        for m in caplog.messages
+        if "responses without text: EOS (and any white space) is scored: 1 (d 1)" in m
+    ]
     assert len(caplog.messages) == 3
 
 
