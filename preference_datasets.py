@@ -509,8 +509,9 @@ def sft_examples(examples: Sequence[Example], sft_on: Literal["chosen", "all"]) 
     """Examples with one response, role "target", to imitate.
 
     "chosen": one per prompt: its explicit target if it has one, else the last chosen of its (consecutive) pairs.
-    "all": one per chosen and per rejected response of every pair, so that the model learns the law that the labelled
-    responses were drawn from, which variance-reduced losses need of their reference.
+    "all": one per chosen and per rejected response of every pair (explicit targets of pairs are left out), so that the
+    model learns the law of the labelled responses, which variance-reduced losses need of their reference.
+    Completions, which are no pairs, are kept as they are.
     """
     if sft_on not in ("chosen", "all"):
         raise UserError(f"loss.sft_on={sft_on}: must be chosen or all")
@@ -528,7 +529,7 @@ def sft_examples(examples: Sequence[Example], sft_on: Literal["chosen", "all"]) 
             raise UserError(
                 f"{example.uid}: has neither a target nor a chosen response to imitate; it has {roles}"
             )
-        if sft_on == "all" and "target" not in roles:
+        if sft_on == "all" and "chosen" in roles:
             pair = [i for i, role in enumerate(roles) if role in ("chosen", "rejected")]
             made += [only(example, i, f"{example.uid}/{roles[i]}") for i in pair]
             continue

@@ -759,6 +759,13 @@ def test_sft_on_all_takes_every_response_of_every_pair():
     assert made[0].scalars == {}
 
 
+def test_an_explicit_target_is_what_sft_on_chosen_imitates_and_sft_on_all_ignores():
+    pair = (("chosen", "a"), ("rejected", "b"))
+    pairs = [Example("u0", "p", pair, "d"), Example("u1", "p", (*pair, ("target", "best")), "d")]
+    assert [(e.uid, e.responses) for e in sft_examples(pairs, "chosen")] == [("u1", (("target", "best"),))]
+    assert [e.responses[0][1] for e in sft_examples(pairs, "all")] == ["a", "b", "a", "b"]
+
+
 def test_sft_on_completions_keeps_them():
     completions = [Example(f"u{i}", "p", (("target", t),), "d") for i, t in enumerate("ab")]
     for on in ("chosen", "all"):
