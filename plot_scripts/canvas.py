@@ -22,6 +22,7 @@ STYLE = Path(__file__).resolve().parent / "style" / "paper.mplstyle"
 # Okabe and Ito (2008) without yellow, which is too pale for lines on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.3)), (0, (5, 1.4, 1.2, 1.4)), (0, (8, 2)))
+HATCHES = ("", "////", "....", "xxxx")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, PALE, WARN = "#333333", "#888888", "#9a3b00"
 WIDTHS = {1: 3.4, 2: 6.75}  # inches: one column, and two or more columns of panels
@@ -35,13 +36,17 @@ class Look:
     colour: str
     dash: Any
     marker: str
+    hatch: str = ""  # of bars
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A colour, dash and marker per name, by position: no two of the first 7 share a colour, none of the first 35 all three."""
+    """A colour, dash, marker and hatch per name, by position: the first 7 differ in colour, the first 35 lines and the first 28
+    bars differ in something."""
     n = len(COLOURS)
     return {
-        name: Look(COLOURS[i % n], DASHES[(i + i // n) % len(DASHES)], MARKERS[i % n])
+        name: Look(
+            COLOURS[i % n], DASHES[(i + i // n) % len(DASHES)], MARKERS[i % n], HATCHES[i // n % len(HATCHES)]
+        )
         for i, name in enumerate(names)
     }
 
@@ -120,7 +125,7 @@ def finish(
 def _legend_shape(handles: Sequence[Artist], room: float) -> tuple[int, int]:
     """(columns, lines) of a legend in ``room`` inches, from the length of its labels at 7 pt."""
     longest = max((len(str(h.get_label())) for h in handles), default=1)
-    columns = max(1, min(len(handles), int(room / (0.062 * longest + 0.48))))
+    columns = max(1, min(len(handles), int(room / (0.057 * longest + 0.46))))
     return columns, math.ceil(len(handles) / columns)
 
 

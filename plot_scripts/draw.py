@@ -197,7 +197,14 @@ def _method_handles(
     for method, n in counts.items():
         look, label = methods[method], f"{method} (n = {n:,})" if n else method
         if label and bars:
-            handles.append(Patch(color=look.colour, alpha=0.75, linewidth=0, label=label))
+            style = {
+                "color": look.colour,
+                "alpha": 0.75,
+                "linewidth": 0,
+                "hatch": look.hatch,
+                "hatchcolor": "white",
+            }
+            handles.append(Patch(label=label, **style))
         elif label:
             handles.append(Line2D([], [], color=look.colour, linestyle=look.dash, label=label))
     return handles

@@ -264,7 +264,16 @@ def draw_bars(
 
 
 def _draw_bar(ax: Axes, b: Bar, x: float, width: float, look: Look) -> None:
-    ax.bar(x, b.mean, width * 0.9, color=look.colour, alpha=0.75, linewidth=0)
+    ax.bar(
+        x,
+        b.mean,
+        width * 0.9,
+        color=look.colour,
+        alpha=0.75,
+        linewidth=0,
+        hatch=look.hatch,
+        edgecolor="white",
+    )
     if np.isfinite(b.low):
         ax.plot([x, x], [b.low, b.high], color=INK, linewidth=1.0)
     if len(b.seeds) > 1:

@@ -422,6 +422,7 @@ def test_fonts_are_embedded_and_files_carry_no_dates(runs, tmp_path):
 def test_no_two_methods_of_a_figure_look_alike():
     looks = canvas.looks([str(i) for i in range(35)])
     assert len({(v.colour, str(v.dash)) for v in looks.values()}) == 35
+    assert len({(v.colour, v.hatch) for v in list(looks.values())[:28]}) == 28
     assert len({v.colour for v in list(looks.values())[:7]}) == 7
 
 
