@@ -1,0 +1,240 @@
+"""The program as a user runs it: whole runs of a few steps through the same code as `python train.py`, and a few cold starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import assembly
+from config.compose import CONFIG_DIR, compose
+from utils import UserError
+
+ROOT = CONFIG_DIR.parent
+SMALL = [
+    "model=tiny-llama", "data.opinions.num_train=40", "data.opinions.num_validation=10", "data.opinions.num_test=10",
+    "batch_size=16", "n_examples=32", "eval_every=16", "wandb.enabled=false", "lr=1e-3",
+]  # fmt: skip
+
+
+def start(root: Path, *words: str):
+    """One run in this process; returns (its directory, outcome)."""
+    run = compose([*SMALL, f"run_root={root}", f"reference_cache={root}/cache", *words])
+    return Path(run.config.run_dir), assembly.run_training(run)
+
+
+def lines(run_dir: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory) -> Path:
+    run_dir, _ = start(tmp_path_factory.mktemp("sft"), "loss.sft_on=all", "exp_name=sft")
+    return run_dir / "LATEST"
+
+
+def test_an_sft_run_leaves_everything_behind(sft):
+    run_dir = sft.parent
+    for name in ("config.yaml", "provenance.json", "passport.json", "metrics.jsonl", "results.json"):
+        assert (run_dir / name).is_file(), name
+    assert len(lines(run_dir, "train")) == 2
+    assert [row["split"] for row in lines(run_dir, "eval")] == ["eval", "test"] * 3
+    assert list((run_dir / "records").glob("test-*.jsonl"))
+
+
+PREFERENCE = [
+    ("dpo", ["loss.beta=0.1"], np.log(2)),
+    ("ipo", ["loss.beta=0.5"], 1.0),
+    ("rdpo_noise", ["loss.beta=0.1", "loss.flip_rate=0.1"], np.log(2)),
+    ("hinge", ["loss.beta=0.1"], 1.0),
+    ("gr_dpo", ["loss.beta=0.1"], np.log(2)),
+    ("ripo", ["loss.beta=0.5", "loss.step_size=0.1"], 1.0),
+    ("vrpo", ["loss.beta=0.1"], np.log(2)),
+]
+
+
+@pytest.mark.parametrize(("loss", "words", "start_value"), PREFERENCE, ids=[p[0] for p in PREFERENCE])
+def test_every_preference_loss_starts_at_its_known_value_and_runs(tmp_path, sft, loss, words, start_value):
+    run_dir, outcome = start(tmp_path, f"loss={loss}", *words, f"model.archive={sft}")
+    first, last = lines(run_dir, "eval")[0], lines(run_dir, "train")[-1]
+    assert first["eval/loss"] == pytest.approx(start_value, abs=1e-5)
+    assert abs(first["eval/rewards/margins"]) < 1e-5
+    assert lines(run_dir, "train")[0]["train/loss"] == pytest.approx(start_value, abs=1e-5)
+    assert last["step"] == 2 and last["examples"] == 32
+    assert outcome.metric is not None
+
+
+@pytest.mark.parametrize("loss", ["reward", "gpm"])
+def test_reward_models_train_and_open_in_transformers(tmp_path, sft, loss):
+    run_dir, _ = start(tmp_path, f"loss={loss}", f"model.archive={sft}")
+    assert "test/rewards/accuracies" in lines(run_dir, "eval")[-1]
+    AutoModelForSequenceClassification.from_pretrained(run_dir / "LATEST")
+
+
+def test_base_evaluates_only(tmp_path, sft):
+    run_dir, _ = start(tmp_path, "loss=base", f"model.archive={sft}", "eval_only_once=true")
+    assert not lines(run_dir, "train") and lines(run_dir, "eval")
+
+
+def test_the_checkpoint_opens_in_plain_transformers_with_the_same_log_probs(tmp_path, sft):
+    run_dir, _ = start(tmp_path, "loss=dpo", "loss.beta=0.1", f"model.archive={sft}")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "LATEST")
+    run = compose([*SMALL, "loss=dpo", "loss.beta=0.1", f"model.archive={sft}"])
+    row = assembly.load_data(run, tokenizer).rows["test"][0]
+    ids = torch.tensor(np.concatenate([row.prompt, row.responses[0]]))[None].long()
+    with torch.no_grad():
+        logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    ours = [json.loads(line) for line in (run_dir / "records" / "test-32.jsonl").read_text().splitlines()][0]
+    assert ours["uid"] == row.uid
+    assert float(logps[len(row.prompt) - 1 :].sum()) == pytest.approx(ours["logps/chosen"], abs=1e-4)
+
+
+def test_lora_trains_adapters_and_writes_a_merged_export(tmp_path, sft):
+    run_dir, _ = start(
+        tmp_path,
+        "loss=dpo",
+        "loss.beta=0.1",
+        "model.use_lora=true",
+        "model.lora_rank=2",
+        f"model.archive={sft}",
+    )
+    assert lines(run_dir, "train")[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert (run_dir / "LATEST" / "adapter_model.safetensors").is_file()
+    AutoModelForCausalLM.from_pretrained(run_dir / "merged")
+
+
+def test_sampling_during_evaluation_writes_both_models(tmp_path, sft):
+    words = ["sample_during_eval=true", "n_eval_model_samples=3", "sample_max_new_tokens=4"]
+    run_dir, _ = start(tmp_path, "loss=dpo", "loss.beta=0.1", f"model.archive={sft}", *words)
+    rows = [json.loads(line) for line in (run_dir / "samples" / "0.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in rows] == ["policy"] * 3 + ["reference"] * 3
+
+
+def test_early_stopping_cuts_stops_and_restores(tmp_path, sft):
+    words = [
+        "trainer=GroupTrainerEarlyStop",
+        "stopping.patience=0",
+        "stopping.threshold=0.9",
+        "stopping.min_lr=1e-4",
+    ]
+    run_dir, _ = start(
+        tmp_path,
+        "loss=dpo",
+        "loss.beta=0.1",
+        f"model.archive={sft}",
+        "n_examples=400",
+        "n_epochs=null",
+        *words,
+    )
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["status"] == "stopped" and results["examples"] < 400
+    assert lines(run_dir, "train")[-1]["lr"] <= 1e-3
+
+
+def test_the_same_command_shows_the_finished_results(tmp_path, sft, capsys):
+    run_dir, _ = start(tmp_path, "exp_name=x")
+    capsys.readouterr()
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    start(tmp_path, "exp_name=x")
+    assert "finished after 32 examples" in capsys.readouterr().out
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_directory_are_refused_with_the_difference(tmp_path):
+    start(tmp_path, "exp_name=x")
+    with pytest.raises(UserError, match=r"lr: 0.001 -> 0.5"):
+        start(tmp_path, "exp_name=x", "lr=0.5")
+    start(tmp_path, "exp_name=x", "lr=0.5", "fresh=true")
+
+
+def test_cached_and_live_references_give_one_trajectory(tmp_path, sft):
+    words = ["loss=dpo", "loss.beta=0.1", f"model.archive={sft}"]
+    runs = [
+        start(tmp_path, *words, f"reference={mode}", f"exp_name={mode}")[0] for mode in ("live", "cached")
+    ]
+    a, b = ([row["train/loss"] for row in lines(run_dir, "train")] for run_dir in runs)
+    assert a == pytest.approx(b, abs=1e-6)
+
+
+FP32 = ["model.policy_dtype=float32", "model.reference_dtype=float32"]
+
+
+def test_bf16_arithmetic_keeps_fp32_weights(tmp_path, sft):
+    run_dir, _ = start(tmp_path, "loss=dpo", "loss.beta=0.1", f"model.archive={sft}", "precision=bf16", *FP32)
+    assert lines(run_dir, "train")[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-2)
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("words", [["weighted_batches=true"], ["microbatch_tokens=200"], ["sep_pairs=true"]])
+def test_batching_options_run(tmp_path, sft, words):
+    run_dir, _ = start(tmp_path, "loss=gr_dpo", "loss.beta=0.1", f"model.archive={sft}", *words)
+    assert lines(run_dir, "train")[-1]["examples"] == 32
+
+
+def test_two_data_sets_mix_by_weight(tmp_path, sft):
+    words = ["datasets=[opinions,opinions_b]", "data.opinions_b.num_train=40", "data.opinions_b.data_seed=1", "data.mix_weights={opinions: 3, opinions_b: 1}"]  # fmt: skip
+    run_dir, _ = start(tmp_path, *words, "data.opinions_b.num_validation=10", "data.opinions_b.num_test=10")
+    assert lines(run_dir, "train")
+
+
+def test_the_global_generators_are_never_drawn_from(tmp_path, sft):
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002 - the global one is what must not move
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    start(
+        tmp_path,
+        "loss=dpo",
+        "loss.beta=0.1",
+        f"model.archive={sft}",
+        "sample_during_eval=true",
+        "sample_max_new_tokens=2",
+    )
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+# ------------------------------------------------------------------------------------------------ cold starts
+
+
+def cold(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+
+
+def test_a_typo_exits_with_2_and_one_line(tmp_path):
+    done = cold("loss=dpo", "loss.betta=1", f"run_root={tmp_path}")
+    assert done.returncode == 2 and "did you mean 'beta'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_audit_shows_the_passport_and_loads_no_model(tmp_path):
+    done = cold(*SMALL, "audit=true", f"run_root={tmp_path}")
+    assert done.returncode == 0 and "north" in done.stdout and not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_the_original_readme_command_runs(tmp_path, sft):
+    """README of the DPO repository with only model, data path and archive changed."""
+    data = tmp_path / "hh.jsonl"
+    rows = [
+        {"chosen": f"\n\nHuman: question {i}?\n\nAssistant: a good answer {i}", "rejected": f"\n\nHuman: question {i}?\n\nAssistant: bad"}
+        for i in range(90)
+    ]  # fmt: skip
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cold(
+        "model=tiny-llama", "datasets=[hh]", f"data.hh.path={data}", "loss=dpo", "loss.beta=0.1", "exp_name=x",
+        "gradient_accumulation_steps=2", "batch_size=64", "eval_batch_size=32", "trainer=BasicTrainer",
+        "sample_during_eval=false", f"model.archive={sft}", f"run_root={tmp_path}", WANDB_MODE="disabled",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished after" in done.stdout and (tmp_path / "x" / "LATEST" / "model.safetensors").is_file()
