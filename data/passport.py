@@ -30,6 +30,7 @@ DEFECTS = ("prompts_cut", "responses_cut", "dropped", "empty", "blank_targets")
 
 # Chosen longer (or shorter) in this share of the pairs of unequal length counts as a length bias, if it is no accident
 LENGTH_BIAS, LENGTH_BIAS_SIGMAS = 0.65, 4.0
+DUMPED, DUMPED_TOKENS = 8, 48  # rows of the first batch that are shown, tokens of a text
 
 
 @dataclass
@@ -123,11 +124,10 @@ class Passport:
             where = f"; first: {', '.join(finding.uids)}" if finding.uids else ""
             lines.append(_paint(f"  {finding.code}: {finding.message}{where}", "33", color))
         if self.batch:
-            lines += [
-                "",
-                "first batch (scored tokens are the responses'):",
-                dump(self.batch, self.tokenizer, color),
-            ]
+            head = f"first batch, {len(self.batch)} rows (scored tokens are the responses'):"
+            lines += ["", head, dump(self.batch[:DUMPED], self.tokenizer, self.groups, color)]
+            if len(self.batch) > DUMPED:
+                lines.append(f"and {len(self.batch) - DUMPED} rows more")
         return "\n".join(lines)
 
 
@@ -364,19 +364,20 @@ def _paint(text: str, code: str, color: bool) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if color else text
 
 
-def dump(rows: Sequence[Row], tokenizer: Any, color: bool = False, limit: int = 48) -> str:
+def dump(rows: Sequence[Row], tokenizer: Any, groups: Sequence[str], color: bool = False) -> str:
     """The tokens of the rows, "|" between tokens, special ones in brackets; the middle of long texts left out.
 
     With ``color`` unscored (prompt) tokens are dim, scored ones green and special ones bold.
     """
-    special = set(tokenizer.all_special_ids)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    half = DUMPED_TOKENS // 2
 
     def tokens(ids: np.ndarray, scored: bool) -> str:
-        shown = list(ids) if len(ids) <= limit else [*ids[: limit // 2], None, *ids[-(limit // 2) :]]
+        shown = list(ids) if len(ids) <= 2 * half else [*ids[:half], None, *ids[-half:]]
         pieces = []
         for index in shown:
             if index is None:
-                pieces.append(f"[.. {len(ids) - limit // 2 * 2} more ..]")
+                pieces.append(f"[.. {len(ids) - 2 * half} more ..]")
                 continue
             text = tokenizer.decode([int(index)])
             if "\ufffd" in text:  # part of a character: the vocabulary's own name of these bytes
@@ -388,7 +389,7 @@ def dump(rows: Sequence[Row], tokenizer: Any, color: bool = False, limit: int = 
 
     lines = []
     for row in rows:
-        lines.append(f"{row.uid}  group {row.group}  weight {row.weight:g}")
+        lines.append(f"{row.uid}  group {groups[row.group]}  weight {row.weight:g}")
         lines.append(f"  prompt ({len(row.prompt)}, not scored)  {tokens(row.prompt, False)}")
         for role, ids in zip(row.roles, row.responses, strict=True):
             lines.append(f"  {role} ({len(ids)}, scored)  {tokens(ids, True)}")

@@ -249,12 +249,16 @@ def test_the_text_has_every_part(tokenizer):
         assert part in text
     assert "prompt (12, not scored)  [<bos>]|Q|u|e" in text
     assert "chosen (1, scored)  [<eos>]" in text
+    assert "d/train:0#0  group a  weight 1" in text
+    rows = tokenize(splits["train"], tokenizer, Tokenization(), groups=GROUPS, counts=Counts())
+    made = passport({"train": rows}, Counts(), GROUPS, tokenizer, first_batch=rows[:20])
+    assert made.render().endswith("and 12 rows more")
 
 
 def test_the_dump_paints_scored_tokens_and_never_prints_control_characters(tokenizer):
     example = Example("u", "a\x1b[2J\u202e\u6f22", (("target", "yes\n"),), "a")
     rows = tokenize([example], tokenizer, Tokenization(), groups=GROUPS, counts=Counts())
-    bare, painted = dump(rows, tokenizer), dump(rows, tokenizer, color=True)
+    bare, painted = dump(rows, tokenizer, GROUPS), dump(rows, tokenizer, GROUPS, color=True)
     assert bare.isascii() is False
     assert all(c.isprintable() or c == "\n" for c in bare)
     assert "\\x1b|[|2|J|" in bare
@@ -268,7 +272,7 @@ def test_the_dump_paints_scored_tokens_and_never_prints_control_characters(token
 def test_a_long_text_is_shortened_in_the_middle(tokenizer):
     example = Example("u", "p" * 200, (("target", "yes"),), "a")
     rows = tokenize([example], tokenizer, Tokenization(), groups=GROUPS, counts=Counts())
-    assert "[.. 153 more ..]" in dump(rows, tokenizer)
+    assert "[.. 153 more ..]" in dump(rows, tokenizer, GROUPS)
 
 
 def test_counts_are_merged_by_kind_and_group():
