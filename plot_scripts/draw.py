@@ -198,11 +198,11 @@ def _method_handles(
         look, label = methods[method], f"{method} (n = {n:,})" if n else method
         if label and bars:
             style = {
-                "color": look.colour,
+                "facecolor": look.colour,
+                "edgecolor": "white",
                 "alpha": 0.75,
                 "linewidth": 0,
                 "hatch": look.hatch,
-                "hatchcolor": "white",
             }
             handles.append(Patch(label=label, **style))
         elif label:
