@@ -17,7 +17,7 @@ from torch import Tensor
 
 import utils
 from bandits.adapter import Pattern
-from bandits.linear import NUM_GROUPS, Pairs, TestStates
+from bandits.linear import NUM_GROUPS, HeldOutStates, Pairs
 from losses.pairwise import DPO, IPO, PairwiseLoss
 from losses.types import Scored
 from utils import UserError
@@ -103,7 +103,7 @@ def update_weights(states: Sequence, group_means: Tensor, counts: Sequence[int])
 
 
 def measure(
-    theta: Tensor, arm: GroupArm, train: Pairs, validation: Pairs, test: TestStates
+    theta: Tensor, arm: GroupArm, train: Pairs, validation: Pairs, test: HeldOutStates
 ) -> dict[str, Tensor]:
     """(R,) metrics of the policy: losses and reward errors per group, worst and mean."""
     link = arm.pairwise().link
@@ -128,7 +128,7 @@ def _scores(arm: GroupArm, theta: Tensor, pairs: Pairs, fixed: tuple[Tensor, Ten
 
 
 def train_gradient(
-    arm: GroupArm, train: Pairs, validation: Pairs, test: TestStates, seeds: Sequence[int], eval_every: int
+    arm: GroupArm, train: Pairs, validation: Pairs, test: HeldOutStates, seeds: Sequence[int], eval_every: int
 ) -> GroupCurves:
     """Full-batch gradient descent; step 0 is the random start theta ~ U(0, param_limit)^F."""
     loss, (r, n) = arm.pairwise(), train.chosen.shape
@@ -178,7 +178,7 @@ def closed_form(shares: Tensor, train: Pairs, beta: float, ridge: float, per_exa
 
 
 def train_closed_form(
-    arm: GroupArm, train: Pairs, validation: Pairs, test: TestStates, seeds: Sequence[int], eval_every: int
+    arm: GroupArm, train: Pairs, validation: Pairs, test: HeldOutStates, seeds: Sequence[int], eval_every: int
 ) -> GroupCurves:
     """Alternate exponentiated-gradient steps on the group weights with the exact weighted solution (Algorithm 2)."""
     link, r = arm.pairwise().link, len(seeds)

@@ -14,10 +14,10 @@ from bandits.linear import (
     NUM_GROUPS,
     SCENARIOS,
     FeatureMap,
+    HeldOutStates,
     LinearWorld,
     Pairs,
     Scenario,
-    TestStates,
     draw_pairs,
 )
 from bandits.report import Claim, Report
@@ -37,7 +37,7 @@ class Data:
 
     train: Pairs
     validation: Pairs
-    test: TestStates
+    test: HeldOutStates
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class GroupStudy:
         return Data(
             pairs(scenario.counts(self.num_train), "train"),
             pairs((half, self.num_validation - half), "validation"),
-            TestStates.draw(world, self.num_test, self.seeds),
+            HeldOutStates.draw(world, self.num_test, self.seeds),
         )
 
     def run(self, report: Report) -> None:

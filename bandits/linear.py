@@ -175,14 +175,14 @@ def draw_pairs(
 
 
 @dataclass(frozen=True)
-class TestStates:
+class HeldOutStates:
     """features (R, G, S, A, F) and rewards (R, G, S, A) at states that no pair was drawn from."""
 
     features: Tensor
     rewards: Tensor
 
     @classmethod
-    def draw(cls, world: LinearWorld, num: int, seeds: Sequence[int]) -> TestStates:
+    def draw(cls, world: LinearWorld, num: int, seeds: Sequence[int]) -> HeldOutStates:
         """``num`` states per seed, the same for both groups."""
         states = [utils.stream(seed, "linear/test").random((num, world.state_dim)) for seed in seeds]
         groups = range(NUM_GROUPS)

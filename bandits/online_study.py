@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from bandits import contextual, figures, oracles
+from bandits.continuous import ContinuousBandit
 from bandits.methods import Arm
 from bandits.online import Curves, train
 from bandits.policies import Transformer
@@ -25,6 +26,11 @@ SHOWN = (
     "log_ratio/chosen",
     "log_ratio/rejected",
 )
+REWARDS = {
+    "contextual": contextual.DISCRETE,
+    "continuous": contextual.CONTINUOUS,
+    "sequence": contextual.SEQUENCE,
+}
 TUNING_OFFSET = 10_000  # tuning seeds are far from the reported ones
 
 
@@ -32,14 +38,15 @@ TUNING_OFFSET = 10_000  # tuning seeds are far from the reported ones
 class OnPolicyStudy:
     """Settings of one experiment of this family. A cell of its tables is "<label>, <regime>[, <vary>=<value>]@R<id>".
 
-    bandit        contextual (MLP policy) | sequence (transformer policy)
-    rewards       reward ids: 4, 5, 8, 9 for contextual, 6, 7 for sequence
+    bandit        contextual (MLP policy, 100 actions) | continuous (MLP policy, ``dims`` dimensions) | sequence (transformer)
+    rewards       reward ids: 4, 5, 8, 9 for contextual, 1-3 for continuous, 6, 7 for sequence
     arms          what is compared; an arm without ``lr`` is tuned
     num_seeds     replicates; seeds are seed, seed + 1, ...
     eval_every    gradient steps between evaluations; num_eval: contexts or prompts an evaluation averages over
     lr_grid       candidates for tuned arms: the best mean final reward over ``tuning_seeds`` other seeds wins
     vary          an Arm field that distinguishes arms of one label (prompts, reuse, ...): x axis of the bars, and the
                   columns of the log-ratio figure
+    latent        continuous: law of the policy before tanh
     dropout       sequence: probability of dropout in the policy while it trains; the reference never has any
     legacy_logps  sequence: the published code's unshifted log-probs, to measure what they change
     figures       curves: reward against step | reward_kl | log_ratios of chosen and rejected | bars of final reward
@@ -47,7 +54,7 @@ class OnPolicyStudy:
 
     rewards: list[int]
     arms: list[Arm]
-    bandit: Literal["contextual", "sequence"] = "contextual"
+    bandit: Literal["contextual", "continuous", "sequence"] = "contextual"
     num_seeds: int = 20
     seed: int = 0
     eval_every: int = 10
@@ -55,6 +62,8 @@ class OnPolicyStudy:
     lr_grid: list[float] = field(default_factory=lambda: [0.0003, 0.001, 0.003, 0.01])
     tuning_seeds: int = 5
     vary: str | None = None
+    dims: int = 2
+    latent: Literal["gaussian", "cauchy"] = "gaussian"
     dropout: float = 0.0
     legacy_logps: bool = False
     figures: list[Literal["curves", "reward_kl", "log_ratios", "bars"]] = field(
@@ -64,8 +73,7 @@ class OnPolicyStudy:
 
     def __post_init__(self) -> None:
         for reward in self.rewards:
-            allowed = contextual.DISCRETE if self.bandit == "contextual" else contextual.SEQUENCE
-            contextual.check_reward(reward, allowed)
+            contextual.check_reward(reward, REWARDS[self.bandit])
         known = [f.name for f in dataclasses.fields(Arm)]
         if self.vary is not None and self.vary not in known:
             raise UserError(f"vary={self.vary}: must be a field of an arm: {', '.join(known)}")
@@ -86,6 +94,8 @@ class OnPolicyStudy:
         """A fresh bandit: its streams start anew, so arms see the same prompts and first samples."""
         if self.bandit == "contextual":
             return ContextualBandit(reward, seeds, num_eval=self.num_eval)
+        if self.bandit == "continuous":
+            return ContinuousBandit(reward, seeds, self.dims, self.latent, num_eval=self.num_eval)
         network = Transformer(dropout=self.dropout, legacy_logps=self.legacy_logps)
         return SequenceBandit(reward, seeds, network, num_eval=self.num_eval)
 

@@ -1,7 +1,8 @@
 """Small policies whose parameters carry a leading replicate dimension R: all seeds of an arm train in one pass.
 
 Parameters are ``dict[str, Tensor (R, ...)]``; replicate r never sees the others. Randomness comes from one NumPy
-generator per replicate, so a seed's run does not depend on which seeds run beside it.
+generator per replicate, so a seed's prompts, start and draws do not depend on which seeds run beside it (its later path
+does, by rounding, which Adam's sign-like first steps amplify).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -54,15 +56,17 @@ def sample_categorical(probs: Tensor, num: int, rngs: Generators) -> Tensor:
 
 @dataclass(frozen=True)
 class MLP:
-    """The 100-50-256-256-100 network of Tajwar et al. 2024: LayerNorm after the first layer, ReLU, softmax.
+    """The 100-50-256-256-100 network of Tajwar et al. 2024: LayerNorm and a non-linearity after the first layer, then ReLU.
 
-    Xavier-uniform weights with gain 0.01 and zero biases, so the initial policy is uniform.
+    Xavier-uniform weights with gain 0.01 and zero biases, so the initial policy is uniform. ``first`` is relu for discrete
+    actions, tanh for continuous ones.
     """
 
     inputs: int = 100
     hidden: tuple[int, ...] = (50, 256, 256)
     outputs: int = 100
     gain: float = 0.01
+    first: Literal["relu", "tanh"] = "relu"
 
     def init(self, rngs: Generators, dtype: torch.dtype = torch.float32) -> Params:
         widths = (self.inputs, *self.hidden, self.outputs)
@@ -78,7 +82,8 @@ class MLP:
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """(R, B, inputs) -> (R, B, outputs)."""
         x = linear(x, params["w0"], params["b0"])
-        x = F.relu(layer_norm(x, params["norm_gain"], params["norm_bias"]))
+        x = layer_norm(x, params["norm_gain"], params["norm_bias"])
+        x = F.relu(x) if self.first == "relu" else torch.tanh(x)
         last = len(self.hidden)
         for i in range(1, last):
             x = F.relu(linear(x, params[f"w{i}"], params[f"b{i}"]))

@@ -1,0 +1,146 @@
+"""The contextual bandit's facts in closed form, and the population answers against sampling, gradients and long runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bandits import contextual, oracles
+from bandits.adapter import Pattern
+from bandits.methods import Arm, RunningMoments, select
+from bandits.policies import sample_categorical
+from losses.pairwise import IPO
+from losses.policy import RewardWeighted
+from utils import UserError
+
+MU = contextual.data_policy()
+
+
+def test_the_data_policy_has_the_probabilities_of_the_binned_squashed_cauchy():
+    assert MU.sum() == pytest.approx(1, abs=1e-12)
+    assert MU[0] == pytest.approx(0.078094, abs=1e-6) and MU[99] == pytest.approx(0.042226, abs=1e-6)
+    assert MU[20] == pytest.approx(0.02433, abs=1e-5) and MU[70] == pytest.approx(0.00211, abs=1e-5)
+    assert MU[1:-1].argmax() + 1 == 16 and MU[16] == pytest.approx(0.02681, abs=1e-5)
+    assert MU[60:81].sum() == pytest.approx(0.0457, abs=5e-5) and MU[10:31].sum() == pytest.approx(
+        0.4542, abs=5e-5
+    )
+    assert oracles.entropy(MU) == pytest.approx(4.11735, abs=1e-5)
+
+
+def test_the_data_policy_is_the_histogram_of_its_own_samples():
+    rng = np.random.default_rng(0)
+    draws = contextual.squashed_cauchy_sample(rng, (200_000,), limit=1 - 1e-12)
+    seen = np.histogram(draws, bins=np.linspace(-1, 1, 101))[0] / draws.size
+    assert np.abs(seen - MU).max() < 5 * np.sqrt(MU.max() / draws.size)
+
+
+def test_the_squashed_cauchy_density_integrates_to_its_bins():
+    edges = np.linspace(-1, 1, 101)
+    for k in (16, 20, 50):
+        at = np.linspace(edges[k], edges[k + 1], 2001)
+        density = np.exp(contextual.squashed_cauchy_logp(at[:, None]))
+        assert np.trapezoid(density, at) == pytest.approx(MU[k], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reward", "mean", "best"),
+    [(4, 0.03905, 0.3135), (5, 0.37719, 0.9401), (8, 0.09547, None), (9, 0.18756, None)],
+)
+def test_expected_rewards_of_the_data_policy_and_of_its_best_of_ten(reward, mean, best):
+    table = contextual.reward_table(reward)
+    assert MU @ table == pytest.approx(mean, abs=1e-5)
+    if best is not None:
+        assert oracles.best_of_n(MU, table, 10) @ table == pytest.approx(best, abs=1e-4)
+
+
+def test_continuous_rewards_use_the_distance_of_the_whole_vector():
+    action = np.full(3, 0.7) + np.array([0.0, 0.1, -0.2])
+    assert contextual.continuous_reward(1, action) == pytest.approx(np.exp(-0.05 / 0.75**2))
+    assert contextual.continuous_reward(2, action) == pytest.approx(np.exp(-0.05 / 0.25**2))
+    assert contextual.continuous_reward(3, -action) == pytest.approx(np.exp(-0.05 / 0.25**2))
+
+
+def test_a_reward_of_another_bandit_is_refused():
+    with pytest.raises(UserError, match="4, 5, 8, 9"):
+        contextual.check_reward(6, contextual.DISCRETE)
+
+
+def test_best_of_n_is_the_law_of_the_selected_samples():
+    table, num = contextual.reward_table(4), 20_000
+    rng = np.random.default_rng(1)
+    law = MU
+    for rounds in (1, 2):  # the second round samples from what the first one converged to: best of n^2
+        actions = sample_categorical(torch.from_numpy(law).expand(1, num, -1), 10, [rng])
+        chosen = select(
+            Arm("x", "best_of_n"),
+            torch.from_numpy(table)[actions],
+            torch.zeros(*actions.shape, 1),
+            RunningMoments(),
+        )
+        seen = np.bincount(actions.flatten()[chosen.pick.flatten()].numpy(), minlength=100) / num
+        law = oracles.best_of_n(MU, table, 10**rounds)
+        assert np.abs(seen - law).max() < 5 * np.sqrt(law.max() / num)
+        assert abs(seen @ table - law @ table) < 0.01
+
+
+def test_best_of_one_is_the_sampling_law_and_ties_are_shared():
+    reward = np.array([1.0, 2.0, 2.0, 0.0])
+    mu = np.array([0.4, 0.1, 0.3, 0.2])
+    assert oracles.best_of_n(mu, reward, 1) == pytest.approx(mu)
+    twice = oracles.best_of_n(mu, reward, 2)
+    assert twice == pytest.approx([0.6**2 - 0.2**2, (1 - 0.6**2) / 4, 3 * (1 - 0.6**2) / 4, 0.2**2])
+
+
+def _all_pairs(reward: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b = (x.ravel() for x in np.indices((len(reward), len(reward))))
+    win = (reward[a] > reward[b]) + 0.5 * (reward[a] == reward[b])
+    return torch.from_numpy(np.stack((a, b), 1)), torch.from_numpy(win)
+
+
+@pytest.mark.parametrize("margin", [1.0, 10.0])
+def test_the_ipo_fixed_point_is_where_a_long_run_of_the_loss_ends(margin):
+    reward = contextual.reward_table(4)[::5]
+    mu = MU[::5] / MU[::5].sum()
+    reference = np.roll(mu, 3)
+    pick, label = _all_pairs(reward)
+    pattern = Pattern(("chosen", "rejected"), len(pick))
+    batch, loss = pattern.batch(scalars={"p_chosen": label}), IPO(beta=1 / (2 * margin))
+    weight = torch.from_numpy(np.outer(mu, mu).ravel())
+    base = torch.from_numpy(np.log(reference))
+    logits = torch.zeros(len(mu), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [logits], lr=1.0, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = (
+            loss(pattern.scored(logits.log_softmax(0)[pick]), pattern.scored(base[pick]), batch).losses
+            * weight
+        ).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    expected = oracles.ipo_fixed_point(reference, mu, reward, margin)
+    assert logits.detach().softmax(0).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_rwr_fixed_point_is_stationary_and_compounds_over_rounds():
+    table, tau = contextual.reward_table(5), 0.2
+    fixed = oracles.rwr_fixed_point(MU, table, tau)
+    logits = torch.from_numpy(np.log(fixed)).requires_grad_(True)
+    pattern = Pattern(("sample",), 100)
+    batch = pattern.batch(scalars={"reward": torch.from_numpy(table)})
+    losses = RewardWeighted(tau)(pattern.scored(logits.log_softmax(0)[:, None]), None, batch).losses
+    (losses * torch.from_numpy(MU)).sum().backward()
+    assert logits.grad.abs().max() < 1e-12
+    again = oracles.rwr_fixed_point(oracles.rwr_fixed_point(fixed, table, tau), table, tau)
+    assert again == pytest.approx(oracles.rwr_fixed_point(MU, table, tau, rounds=3))
+
+
+def test_kl_is_zero_on_itself_and_finite_where_the_first_argument_has_no_mass():
+    p = np.array([0.5, 0.5, 0.0])
+    q = np.array([0.25, 0.5, 0.25])
+    assert oracles.kl(p, p) == pytest.approx(0) and oracles.kl(p, q) == pytest.approx(0.5 * np.log(2))
