@@ -93,7 +93,7 @@ def test_the_checkpoint_opens_in_plain_transformers_with_the_same_log_probs(tmp_
     ids = torch.tensor(np.concatenate([row.prompt, row.responses[0]]))[None].long()
     with torch.no_grad():
         logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-    ours = [json.loads(line) for line in (run_dir / "records" / "test-32.jsonl").read_text().splitlines()][0]
+    ours = json.loads((run_dir / "records" / "test-32.jsonl").read_text().splitlines()[0])
     assert ours["uid"] == row.uid
     assert float(logps[len(row.prompt) - 1 :].sum()) == pytest.approx(ours["logps/chosen"], abs=1e-4)
 
