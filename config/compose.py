@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ GROUPS = ("model", "loss", "weighting", "stopping", "trainer", "experiment")
 # where a run is written and how it is watched: may differ between two starts of the same run
 NOT_IDENTITY = (
     "run_root", "run_dir", "exp_name", "fresh", "resume", "resume_from", "resume_allow", "audit", "wandb", "multirun_keys",
-    "reference_cache", "reference_check", "eval_batch_size", "checkpoint", "num_threads", "device",
+    "reference_cache", "reference_check", "eval_batch_size", "checkpoint", "num_threads", "device", "trainer",
 )  # fmt: skip
 
 
@@ -40,7 +40,8 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run is: typed settings, built parts, and the resolved plain config that is written to disk."""
+    """Everything a run is: typed settings, built parts, the resolved plain config that is written to disk, and the override
+    words that ``compose`` was given."""
 
     config: Config
     loss: Any
@@ -49,6 +50,7 @@ class Run:
     model: Any
     datasets: tuple[DatasetSpec, ...]
     plain: dict[str, Any]
+    words: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def compose(argv: list[str]) -> Run:
             cfg = hydra_compose("config", overrides=words)
         except HydraException as error:
             raise UserError(f"cannot compose the configuration: {_first_line(error)}") from error
-    return resolve(cfg)
+    return replace(resolve(cfg), words=tuple(argv))
 
 
 def _first_line(error: Exception) -> str:
@@ -202,6 +204,11 @@ def _part(group: str, values: Any, packages: tuple[str, ...]) -> Any:
         raise UserError(f"{group}.class is missing")
     cls = load_class(path, packages, f"{group}.class")
     return build(cls, values, f"{group}.")
+
+
+def recorded_loss(values: Any) -> Any:
+    """The loss of a run's config.yaml."""
+    return _part("loss", values, ("losses",))
 
 
 def _model(values: Any) -> Any:
@@ -285,4 +292,4 @@ def _cross_check(run: Run) -> None:
             )
 
 
-__all__ = ["CONFIG_DIR", "MISSING", "DatasetSpec", "Run", "compose", "options", "prepare", "resolve"]
+__all__ = ["CONFIG_DIR", "MISSING", "DatasetSpec", "Run", "compose", "options", "prepare", "recorded_loss", "resolve"]
