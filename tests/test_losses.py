@@ -355,16 +355,17 @@ def test_a_reference_of_other_responses_is_refused():
 def test_pairwise_metrics():
     row = one_pair(-3.0, -5.0, reference=(-4.0, -4.0))
     tie = one_pair(-5.0, -5.0, reference=(-4.0, -4.0))
-    metrics = call(IPO(0.5), build([row, tie])).metrics
+    moved = one_pair(-5.0, -3.0, reference=(-4.0, -5.0))
+    metrics = call(IPO(0.5), build([row, tie, moved])).metrics
     want = {
-        "rewards/chosen": [0.5, -0.5],
-        "rewards/rejected": [-0.5, -0.5],
-        "rewards/margins": [1.0, 0.0],
-        "rewards/accuracies": [1.0, 0.5],
-        "logps/chosen": [-3.0, -5.0],
-        "logps/rejected": [-5.0, -5.0],
-        "policy_accuracies": [1.0, 0.5],
-        "reference_accuracies": [0.5, 0.5],
+        "rewards/chosen": [0.5, -0.5, -0.5],
+        "rewards/rejected": [-0.5, -0.5, 1.0],
+        "rewards/margins": [1.0, 0.0, -1.5],
+        "rewards/accuracies": [1.0, 0.5, 0.0],
+        "logps/chosen": [-3.0, -5.0, -5.0],
+        "logps/rejected": [-5.0, -5.0, -3.0],
+        "policy_accuracies": [1.0, 0.5, 0.0],
+        "reference_accuracies": [0.5, 0.5, 1.0],
     }
     assert {name: m.tolist() for name, m in metrics.items()} == want
     assert not any(m.requires_grad for m in metrics.values())
