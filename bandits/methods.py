@@ -80,6 +80,7 @@ class Arm:
             )
         if self.margin <= 0:
             raise UserError(f"arm {self.label!r}: margin={self.margin}: must be > 0; try margin=10")
+        self.loss()  # refuses bad values now, not after the arms before it have run
 
     @property
     def steps(self) -> int:

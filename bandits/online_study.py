@@ -15,7 +15,7 @@ from bandits.methods import Arm
 from bandits.online import Curves, train
 from bandits.policies import Transformer
 from bandits.report import Claim, Report
-from bandits.worlds import ContextualBandit, SequenceBandit, World
+from bandits.worlds import ContextualBandit, SequenceBandit, WarmStart, World
 from utils import UserError, log
 
 SHOWN = (
@@ -43,6 +43,7 @@ class OnPolicyStudy:
     arms          what is compared; an arm without ``lr`` is tuned
     num_seeds     replicates; seeds are seed, seed + 1, ...
     eval_every    gradient steps between evaluations; num_eval: contexts or prompts an evaluation averages over
+    warm_steps    Adam steps of imitation of the data policy before anything else
     lr_grid       candidates for tuned arms: the best mean final reward over ``tuning_seeds`` other seeds wins
     vary          an Arm field that distinguishes arms of one label (prompts, reuse, ...): x axis of the bars, and the
                   columns of the log-ratio figure
@@ -59,6 +60,7 @@ class OnPolicyStudy:
     seed: int = 0
     eval_every: int = 10
     num_eval: int = 100
+    warm_steps: int = 100
     lr_grid: list[float] = field(default_factory=lambda: [0.0003, 0.001, 0.003, 0.01])
     tuning_seeds: int = 5
     vary: str | None = None
@@ -92,12 +94,13 @@ class OnPolicyStudy:
 
     def world(self, reward: int, seeds: Sequence[int]) -> World:
         """A fresh bandit: its streams start anew, so arms see the same prompts and first samples."""
+        warm = WarmStart(self.warm_steps)
         if self.bandit == "contextual":
-            return ContextualBandit(reward, seeds, num_eval=self.num_eval)
+            return ContextualBandit(reward, seeds, warm, self.num_eval)
         if self.bandit == "continuous":
-            return ContinuousBandit(reward, seeds, self.dims, self.latent, num_eval=self.num_eval)
+            return ContinuousBandit(reward, seeds, self.dims, self.latent, warm, self.num_eval)
         network = Transformer(dropout=self.dropout, legacy_logps=self.legacy_logps)
-        return SequenceBandit(reward, seeds, network, num_eval=self.num_eval)
+        return SequenceBandit(reward, seeds, network, warm, self.num_eval)
 
     def train(self, arm: Arm, reward: int, seeds: Sequence[int], eval_every: int) -> Curves:
         """One arm from its imitation policy."""

@@ -156,7 +156,9 @@ class Report:
                 "%-9s %s: %.4g [%.4g, %.4g] (%s, n=%d)",
                 *(row[k] for k in ("verdict", "claim", "value", "low", "high", "bound", "n")),
             )
-        log.info("%s: %.0f s, %.0f s of CPU", self.folder, time.monotonic() - self.started, time.process_time())
+        log.info(
+            "%s: %.0f s, %.0f s of CPU", self.folder, time.monotonic() - self.started, time.process_time()
+        )
 
 
 def _row(values: np.ndarray) -> dict[str, float]:

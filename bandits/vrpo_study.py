@@ -72,6 +72,11 @@ class VRPOStudy:
         if self.replicates < 2:
             raise UserError(f"replicates={self.replicates}: an interval needs at least 2")
 
+    @property
+    def num_seeds(self) -> int:
+        """Replicates are drawn from one stream, but each is a data set of its own."""
+        return self.replicates
+
     def guess(self, bed: tabular.Bed, estimator: Estimator) -> np.ndarray:
         """(X, K, K); the noise of a noisy g is one draw for the whole study. None has weight 0, so any g does."""
         kind = "right" if estimator.preference == "none" else estimator.preference

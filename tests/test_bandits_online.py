@@ -90,7 +90,7 @@ def test_impossible_arms_are_refused_by_name():
 
 
 def run(seeds: list[int], arm: Arm, eval_every: int = 5):
-    world = ContextualBandit(5, seeds, num_eval=10)
+    world = ContextualBandit(5, seeds, WarmStart(steps=40), num_eval=10)
     prompts = world.draw_prompts(arm.prompts)
     return train(world, arm, world.warm_start(prompts), prompts, eval_every)
 
