@@ -30,7 +30,7 @@ from engine.metrics import MetricsLog
 from engine.optim import Schedule, clip_gradients, optimizer_tensors
 from engine.parallel import World, full_tensor
 from engine.stopping import Decision
-from losses.types import Loss
+from losses.types import Loss, derived
 from utils import log
 
 
@@ -85,15 +85,15 @@ class StepSums:
     def sums(self, name: str) -> Tensor:
         return self.tables[name][0]
 
+    def overall(self) -> dict[str, float]:
+        """Means over all examples; what has count 0 is left out."""
+        return {n: float(sums.sum() / counts.sum()) for n, (sums, counts) in self.tables.items() if counts.sum() > 0}
+
     def means(self, prefix: str, groups: Sequence[str], skip: Sequence[str] = ()) -> dict[str, float]:
         """Means over examples, overall and per group; what has count 0 is left out."""
-        out: dict[str, float] = {}
+        out = {f"{prefix}/{name}": mean for name, mean in self.overall().items() if name not in skip}
         for name, (sums, counts) in self.tables.items():
-            if name in skip:
-                continue
-            if counts.sum() > 0:
-                out[f"{prefix}/{name}"] = float(sums.sum() / counts.sum())
-            if len(groups) > 1:
+            if len(groups) > 1 and name not in skip:
                 for g, label in enumerate(groups):
                     if counts[g] > 0:
                         out[f"{prefix}/{name}/group_{label}"] = float(sums[g] / counts[g])
@@ -160,6 +160,7 @@ class Trainer:
         )  # raises before any parameter moves
         lr = self.parts.schedule.set(self.parts.optimizer, self.step_count)
         metrics = sums.means("train", self.groups, skip=("objective",))
+        metrics |= {f"train/{k}": v for k, v in derived(self.loss, sums.overall()).items()}
         if len(self.groups) > 1:
             metrics |= {f"train/group_counts/group_{g}": n for g, n in zip(self.groups, group_counts.tolist(), strict=True)}
         if applied:

@@ -19,7 +19,7 @@ import torch
 from data.schema import Batch, Row
 from engine import stats
 from engine.parallel import World
-from losses.types import Loss
+from losses.types import Loss, derived
 from utils import log, stream
 
 PREFIX = {"validation": "eval", "test": "test", "train": "train_eval"}
@@ -72,9 +72,10 @@ class Evaluator:
             folder.mkdir(exist_ok=True)
             with (folder / f"{prefix}-{examples}.jsonl").open("w", encoding="utf-8") as handle:
                 handle.writelines(json.dumps(record) + "\n" for record in ordered)
-        return Evaluation(
-            split, prefix, summarize(ordered, self.groups, prefix, self.loss.needs.unit), ordered
-        )
+        metrics = summarize(ordered, self.groups, prefix, self.loss.needs.unit)
+        means = {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items()}
+        metrics |= {f"{prefix}/{name}": value for name, value in derived(self.loss, means).items()}
+        return Evaluation(split, prefix, metrics, ordered)
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Row], policy: torch.nn.Module) -> list[dict[str, Any]]:

@@ -109,6 +109,19 @@ class Loss(Protocol):
     def __call__(self, policy: Scored, reference: Scored | None, batch: Any) -> LossOutput: ...
 
 
+@runtime_checkable
+class Derives(Protocol):
+    """A loss with metrics that are functions of the means of its metrics, such as variances and ratios."""
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]: ...
+
+
+def derived(loss: Any, means: Mapping[str, float]) -> dict[str, float]:
+    """Further metrics of a step or an evaluation, from the means of ``LossOutput.metrics`` over its examples (a metric that
+    no example has is not there); empty for losses that have none."""
+    return loss.derived(means) if isinstance(loss, Derives) else {}
+
+
 def soft_label(batch: Any, like: Tensor) -> Tensor:
     """(B,) probability that "chosen" is preferred: the column ``p_chosen`` where a row has one, else 1."""
     p = batch.scalars.get("p_chosen")

@@ -13,7 +13,8 @@ averages to zero for every g and every lam, and it lowers the variance when g re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +124,9 @@ def variance_reduced(
     Metrics, NaN for plain examples except i1, p and plain:
         vrpo/i1, i2, i3    the three terms, lam not applied
         vrpo/plain         1 for an example without auxiliary pairs, else 0
-        vrpo/p, g, brier   label probability, auxiliary preference, (g - p)^2: mean g against mean p is calibration in
-                           the large, the mean of brier is the Brier score of g on the human labels
+        vrpo/p, g, brier   label probability, auxiliary preference of the chosen response, (g - p)^2: the mean of brier is
+                           the Brier score of g on the human labels
+        vrpo/gg, gp, pp    (g - 1/2)^2, (g - 1/2)(p - 1/2), (p - 1/2)^2, which do not depend on which response is named first
         vrpo/coef_plain    d I1/dh, the plain loss's gradient coefficient on grad h
         vrpo/coef_data     d (I1 - lam I2)/dh
         vrpo/coef_aux      lam (1/M) sum_m d E_{g*_m}[link](h*_m)/dh*_m
@@ -136,7 +138,8 @@ def variance_reduced(
     variance of the gradient along the score-scale direction, plain against variance-reduced; that direction is used since
     it does not depend on which response of a pair is named first. The correction pays while grad_vr's variance is the
     smaller. mean(grad_plain) and mean(grad_vr) estimate the same number: a gap beyond noise says that the auxiliary
-    responses do not follow the law of the labelled ones. At h = 0 (step 0) all four vanish.
+    responses do not follow the law of the labelled ones. At h = 0 (step 0) all four vanish. ``diagnostics`` derives the
+    numbers to look at.
     """
     g, has_aux = aux.data_preference, aux.count > 0
     shifted = h - offset
@@ -155,6 +158,9 @@ def variance_reduced(
         "i3": i3,
         "g": g,
         "brier": (g - p) ** 2,
+        "gg": (g - 0.5) ** 2,
+        "gp": (g - 0.5) * (p - 0.5),
+        "pp": (p - 0.5) ** 2,
         "coef_plain": d1,
         "coef_data": coef_data,
         "coef_aux": weight * aux.mean(d3),
@@ -166,6 +172,32 @@ def variance_reduced(
     metrics = {"vrpo/i1": i1.detach(), "vrpo/p": p.detach(), "vrpo/plain": (~has_aux).to(h)}
     metrics |= {f"vrpo/{name}": torch.where(has_aux, x.detach(), torch.nan) for name, x in where_aux.items()}
     return i1 + weight * (i3 - i2), metrics
+
+
+def diagnostics(means: Mapping[str, float]) -> dict[str, float]:
+    """What the means of the ``vrpo/*`` metrics over a step or an evaluation say; what cannot be told is left out.
+
+    vrpo/variance_removed   1 - Var(grad_vr) / Var(grad_plain): the share of the plain loss's per-example gradient variance,
+                            along the score-scale direction, that the correction removes on the same examples; below 0 it
+                            adds. Not before the margins have left 0
+    vrpo/i3_minus_i2        mean I3 - mean I2: 0 on average if the auxiliary responses follow the law of the labelled ones
+    vrpo/calibration_slope  slope of p - 1/2 on g - 1/2: 1 for a calibrated g, below 1 for an overconfident one, 0 for one
+                            that knows nothing
+    vrpo/correlation        of g - 1/2 and p - 1/2 about 0
+    """
+    out: dict[str, float] = {}
+    if "vrpo/i2" not in means:
+        return out
+    out["vrpo/i3_minus_i2"] = means["vrpo/i3"] - means["vrpo/i2"]
+    plain, reduced = (means[f"vrpo/{n}_sq"] - means[f"vrpo/{n}"] ** 2 for n in ("grad_plain", "grad_vr"))
+    if plain > 1e-8 * means["vrpo/grad_plain_sq"]:
+        out["vrpo/variance_removed"] = 1 - reduced / plain
+    gg, gp, pp = (means[f"vrpo/{n}"] for n in ("gg", "gp", "pp"))
+    if gg > 0:
+        out["vrpo/calibration_slope"] = gp / gg
+    if gg * pp > 0:
+        out["vrpo/correlation"] = gp / math.sqrt(gg * pp)
+    return out
 
 
 @dataclass(frozen=True)
@@ -207,6 +239,9 @@ class VarianceReduced(PairwiseLoss):
 
     def link(self, margin: Tensor) -> Tensor:
         return BASES[self.base](beta=self.beta).link(margin)
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        return diagnostics(means)
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Batch) -> LossOutput:
         scores = self.scores(policy, reference)
@@ -256,6 +291,9 @@ class VarianceReducedReward:
     @property
     def needs(self) -> Needs:
         return Needs(policy=PAIR + AUX, optional_roles=AUX, output="reward")
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        return diagnostics(means)
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Batch) -> LossOutput:
         chosen, rejected = policy.value("chosen"), policy.value("rejected")
