@@ -195,22 +195,16 @@ def run_training(run: Run) -> Outcome:
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         world = parallel.start(config.trainer.parallel, config.device, config.trainer.timeout_s)
-        stack.callback(world.close)
+        stack.push(world.leave)
+        session = _Session(run, run_dir, world, stack)
+        stack.enter_context(world.watched(session.where))
         config.check_world(world.size)
-        if world.is_main:
-            rundir.prepare(run_dir)
-            stack.enter_context(rundir.lock(run_dir))
-            checkpoint.clean(run_dir)
-            if config.fresh:
-                rundir.set_aside(run_dir)
-            rundir.check_config(run_dir, run.plain, allow=config.resume_allow, ignore=NOT_IDENTITY)
-        world.barrier()
-        finished = world.broadcast(_finished(run_dir))
+        finished = world.on_main(session.enter)
         if finished is not None:
             if world.is_main:
                 sys.stdout.write(results.render(finished, run_dir))
             return Outcome(finished.get("metric"))
-        return _Session(run, run_dir, world, stack).run()
+        return session.run()
 
 
 def _finished(run_dir: Path) -> dict[str, Any] | None:
@@ -226,6 +220,22 @@ class _Session:
         self.run_, self.run_dir, self.world, self.stack = run, run_dir, world, stack
         self.started = time.time()
         self.reference_weights: str | None = None
+        self.trainer: Trainer | None = None
+
+    def enter(self) -> dict[str, Any] | None:
+        """Take the run directory (rank 0); the results if it holds a finished run."""
+        rundir.prepare(self.run_dir)
+        self.stack.enter_context(rundir.lock(self.run_dir))
+        checkpoint.clean(self.run_dir)
+        if self.config.fresh:
+            rundir.set_aside(self.run_dir)
+        allow = self.config.resume_allow
+        rundir.check_config(self.run_dir, self.run_.plain, allow=allow, ignore=NOT_IDENTITY)
+        return _finished(self.run_dir)
+
+    def where(self) -> str:
+        """Where the run is, for the message of a rank that lost another."""
+        return "the start" if self.trainer is None else f"step {self.trainer.step_count + 1}"
 
     # ------------------------------------------------------------------------------------------ building
 
@@ -244,31 +254,68 @@ class _Session:
             log.warning("there are no evaluation rows")
         return rows
 
-    @cached_property
-    def model(self) -> torch.nn.Module:
-        model = models.build_policy(
+    def build_policy(self, device: torch.device | str) -> torch.nn.Module:
+        return models.build_policy(
             self.spec,
             archive=self.spec.archive,
             output=self.loss.needs.output,
             dim=self.loss.needs.dim,
             seed=self.config.seed,
-            device=self.world.device,
+            device=device,
             tokenizer=self.tokenizer,
         )
-        if self.config.activation_checkpointing:
-            models.enable_activation_checkpointing(model)
-        return model
 
     @cached_property
-    def reference_model(self) -> torch.nn.Module:
+    def scorer(self) -> scoring.Scorer:
+        """The policy, ready to be trained."""
+        needs = self.loss.needs
+        model = self.build_policy(self._where_to_build(needs.output, needs.dim))
+        if self.config.activation_checkpointing:
+            models.enable_activation_checkpointing(model)
+        return self._spread(build_scorer(self.run_, model), needs.output)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.scorer.model
+
+    @cached_property
+    def reference_scorer(self) -> scoring.Scorer:
         """The frozen reference as a model of its own (LoRA has none: its adapter is switched off)."""
-        return models.build_reference(
+        model = models.build_reference(
             self.spec,
             archive=self.spec.archive,
             seed=self.config.seed,
-            device=self.world.device,
+            device=self._where_to_build("logps"),
             tokenizer=self.tokenizer,
         )
+        return self._spread(build_scorer(self.run_, model), "logps")
+
+    def _where_to_build(self, output: models.Output, dim: int | None = None) -> torch.device | str:
+        """On its device; for FSDP without values where that is possible, else on the CPU."""
+        if self.world.mode != "fsdp":
+            return self.world.device
+        return "meta" if models.can_defer(self.spec, output, dim) else "cpu"
+
+    def _spread(self, scorer: scoring.Scorer, output: models.Output) -> scoring.Scorer:
+        """Under FSDP: slices on every rank, read from disk if they have no values yet."""
+        if self.world.mode != "fsdp":
+            return scorer
+        if self.spec.quantization is not None:
+            raise UserError(f"model.quantization={self.spec.quantization}: cannot be sharded; use DDPTrainer")
+        deferred = next(scorer.parameters()).is_meta
+        half, offload = self.spec.fsdp_policy_mp, self.config.trainer.cpu_offload
+        parallel.shard(
+            scorer,
+            block_name=self.spec.block_name,
+            param_dtype=models.DTYPES[half] if half else None,
+            device=self.world.device,
+            cpu_offload=offload,
+        )
+        if deferred:
+            parallel.materialize(scorer, self.world.device, "cpu" if offload else self.world.device)
+            archive = self.spec.archive
+            models.fill(scorer.model, self.spec, archive=archive, output=output, seed=self.config.seed)
+        return scorer
 
     def build_reference(self, scorer: scoring.Scorer, resumed: Mapping[str, Any] | None) -> Callable | None:
         """Reference log-probs: cached (computed before the first step, by the policy itself where that is the same
@@ -282,7 +329,7 @@ class _Session:
         def live() -> Callable:
             if lora:
                 return reference.AdapterOffReference(scorer, scorer.model)
-            return reference.LiveReference(build_scorer(self.run_, self.reference_model))
+            return reference.LiveReference(self.reference_scorer)
 
         passes = 0 if config.eval_only_once else self.plan.num_examples / len(self.data.rows["train"])
         if config.reference == "live" or (config.reference == "auto" and passes < 1):
@@ -310,7 +357,7 @@ class _Session:
             return models.weights_hash(model, adapter)
         if self.spec.policy_dtype == self.spec.reference_dtype:
             return models.weights_hash(model)
-        return models.weights_hash(self.reference_model)
+        return models.weights_hash(self.reference_scorer.model)
 
     @cached_property
     def rows_to_score(self) -> dict[str, list[Row]]:
@@ -329,12 +376,10 @@ class _Session:
         self.report_data()
         if config.audit:
             return Outcome(None)
-        found = world.broadcast(
-            checkpoint.choose(self.run_dir, resume=config.resume, resume_from=config.resume_from)
-            if world.is_main
-            else None
+        found = world.on_main(
+            lambda: checkpoint.choose(self.run_dir, resume=config.resume, resume_from=config.resume_from)
         )
-        trainer = self.build_trainer(found)
+        trainer = self.trainer = self.build_trainer(found)
         self.stack.callback(trainer.parts.metrics.close)
         if config.eval_only_once:
             trainer.evaluate(list(trainer.parts.evaluator.splits))
@@ -347,13 +392,15 @@ class _Session:
         if status != "evaluated":
             trainer.finish()
         summary = self.summary(trainer, status)
-        if world.is_main:
-            write_atomic(self.run_dir / "results.json", json.dumps(summary, indent=1) + "\n")
-            sys.stdout.write(f"\n{results.render(summary, self.run_dir)}")
-            if config.checkpoint.merge_lora and models.is_peft(self.model) and status != "evaluated":
-                models.merge_lora(self.model, self.tokenizer, self.run_dir / "merged")
-        world.barrier()
+        merge = config.checkpoint.merge_lora and models.is_peft(self.model) and status != "evaluated"
+        world.on_main(lambda: self.report(summary, merge))
         return Outcome(summary["metric"])
+
+    def report(self, summary: Mapping[str, Any], merge: bool) -> None:
+        write_atomic(self.run_dir / "results.json", json.dumps(summary, indent=1) + "\n")
+        sys.stdout.write(f"\n{results.render(summary, self.run_dir)}")
+        if merge:
+            self.merge(summary["examples"])
 
     def report_data(self) -> None:
         """The data passport: into the log and passport.json, before any model is loaded."""
@@ -378,7 +425,7 @@ class _Session:
     def build_trainer(self, found: checkpoint.Checkpoint | None) -> Trainer:
         config, world = self.config, self.world
         state = found.state if found else None
-        scorer = build_scorer(self.run_, self.model)
+        scorer = self.scorer
         if found is None:
             verify_scorer(self.run_, scorer, self.first_rows())
             log.info("model: %s", describe(self.model))
@@ -441,7 +488,21 @@ class _Session:
         models.restore(self.model, path)
 
     def model_writer(self) -> Callable[[Path], None]:
-        return lambda path: models.save_model(self.model, self.tokenizer, path)
+        if self.world.mode != "fsdp":
+            return lambda path: models.save_model(self.model, self.tokenizer, path)
+        named = self.model.named_parameters()
+        if models.is_peft(self.model):  # the adapter alone is saved
+            named = ((name, p) for name, p in named if p.requires_grad)
+        state = {name: self.world.to_main(p) for name, p in named}
+        return lambda path: models.save_model(self.model, self.tokenizer, path, state=state)
+
+    def merge(self, examples: int) -> None:
+        """Rank 0, after the last save: the merged model beside the adapter."""
+        model = self.model
+        if self.world.mode == "fsdp":  # here are slices only
+            model = self.build_policy("cpu")
+            models.restore(model, self.run_dir / f"step-{examples}")
+        models.merge_lora(model, self.tokenizer, self.run_dir / "merged")
 
     def facts(self) -> dict[str, Any]:
         """What bit-exactness depends on."""
@@ -450,6 +511,7 @@ class _Session:
             "config_hash": self.run_.config_hash,
             "data_fingerprint": self.plan.fingerprint,
             "world_size": self.world.size,
+            "parallel": self.world.mode,
             "micro_batches": config.microbatch_tokens or config.gradient_accumulation_steps,
             "threads": torch.get_num_threads(),
             "device": str(self.world.device.type),
@@ -505,7 +567,7 @@ class _Session:
                 rows=self.eval_rows.get(split, []),
                 groups=self.data.groups,
                 tokenizer=self.tokenizer,
-                reference_model=(lambda: self.reference_model) if self.loss.needs.reference else None,
+                reference=(lambda: self.reference_scorer) if self.loss.needs.reference else None,
                 write=log_samples,
                 num_prompts=config.n_eval_model_samples,
                 max_new_tokens=config.sample_max_new_tokens or config.max_length - config.max_prompt_length,

@@ -6,9 +6,11 @@ Exit codes: 0 done, 1 a failure of ours, 2 a mistake the user can mend, 143/130 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -16,13 +18,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from config.compose import Run, prepare, resolve
-from utils import UserError, setup_logging
+from utils import UserError, rank, setup_logging
 
 ROOT = Path(__file__).resolve().parent
 
 
 def launch(run: Run, overrides: list[str]) -> int:
-    """Start one process per device through torch's own launcher; its exit code (torchrun's own where a rank failed)."""
+    """Start one process per device; the exit code of the rank that failed first."""
+    from engine.launch import run_ranks
     from engine.parallel import pick_device
 
     nproc = run.config.trainer.nproc
@@ -31,13 +34,8 @@ def launch(run: Run, overrides: list[str]) -> int:
 
         nproc = torch.cuda.device_count() if pick_device(run.config.device).type == "cuda" else 1
     run.config.check_world(nproc)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command += [str(ROOT / "train.py"), *overrides]
-    child = subprocess.Popen(command)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        return child.wait()  # the terminal sent the signal to the ranks as well
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    return run_ranks(command, nproc, run.config.trainer.timeout_s)
 
 
 failures: list[BaseException] = []  # of jobs; Hydra would print its own story about them
@@ -75,21 +73,53 @@ def job(cfg: DictConfig) -> float | None:
 def main() -> None:
     setup_logging()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors of composition reach us, not Hydra's printer
+    leave(exit_code(compose_and_run))
+
+
+def compose_and_run() -> None:
+    sys.argv[1:] = prepare(sys.argv[1:])
+    task()
+    if failures:
+        raise failures[0]
+
+
+def exit_code(job: Callable[[], object]) -> int:
+    """Run ``job``; how it ended, in words on stderr and as the process's exit code."""
     try:
-        sys.argv[1:] = prepare(sys.argv[1:])
-        task()
-        if failures:
-            raise failures[0]
+        job()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        return 130
     except UserError as error:
-        fail(error)
+        return fail(error, str(error), 2)
     except (HydraException, OmegaConfBaseException) as error:
-        fail(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return fail(error, first, 2)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: told in full, exit code 1
+        lost = {"PeerLost", "MainFailed"} & {type(error).__name__}
+        return fail(error, str(error) if lost else traceback.format_exc(), 1)
+    return 0
 
 
-def fail(message: object) -> None:
-    for line in str(message).splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    raise SystemExit(2) from None
+def fail(error: BaseException, text: str, code: int) -> int:
+    who = f"error: [rank {rank()}] " if rank() else "error: "
+    for line in text.splitlines():
+        sys.stderr.write(f"{who}{line}\n")
+    if "RANK" in os.environ:
+        from engine.launch import record_failure
+
+        record_failure(error)
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. A rank does not tear down: with a peer gone, that may hang or abort."""
+    if "RANK" not in os.environ:
+        raise SystemExit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from engine.faults import crash_point
 from engine.guards import NonFiniteGuard, SignalFlag, SpikeGuard
 from engine.metrics import MetricsLog
 from engine.optim import Schedule, clip_gradients, optimizer_tensors
-from engine.parallel import World, full_tensor
+from engine.parallel import World
 from engine.stopping import Decision
 from losses.types import Loss, derived
 from utils import log
@@ -147,7 +147,8 @@ class Trainer:
             (objective * (world.gradient_scale if live else 0.0)).backward()
             values = {"loss": weighted, "objective": robust * weighted, **out.metrics}
             sums.add(group, values, live)
-            seen.append((part, out.losses.detach()))
+            if live:
+                seen.append((part, out.losses.detach()))
         world.sum_gradients(self.parameters)
         norm = clip_gradients(self.parameters, config.max_grad_norm)
         sums.reduce(world)
@@ -326,10 +327,11 @@ class Trainer:
         if self.saved_at == self.examples:
             return
         tensors, scalars = optimizer_tensors(
-            self.parts.optimizer, self.policy.named_parameters(), gather=full_tensor
+            self.parts.optimizer, self.policy.named_parameters(), gather=self.world.to_main
         )
         write_model = self.parts.model_writer()
-        if self.world.is_main:
+
+        def commit() -> None:
             checkpoint.save(
                 self.parts.run_dir,
                 self.examples,
@@ -340,7 +342,8 @@ class Trainer:
                 keep=self.config.checkpoint.keep,
                 best=self.parts.stopper.best_examples(),
             )
-        self.world.barrier()
+
+        self.world.on_main(commit)
         self.saved_at = self.examples
 
 

@@ -14,6 +14,7 @@ class TrainerConfig:
     parallel: Literal["none", "fsdp", "ddp"]
     nproc: int | None
     timeout_s: float
+    cpu_offload: bool
 
 
 @dataclass(frozen=True)

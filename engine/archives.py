@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine.parallel import full_tensor
 from utils import UserError, log
 
 FULL_FILES = (
@@ -209,11 +210,23 @@ def _few(names: Iterable[str], limit: int = 4) -> str:
 def load_base(model: nn.Module, archive: Archive, *, head: str | None = None) -> None:
     """Copy the archive's whole-model tensors into ``model`` (no peft wrapper), in the model's own dtype. Strict.
 
+    Of a sharded model each rank keeps its slices; files are mapped, so no more than one whole tensor is in memory.
+
     head: name of a freshly initialised head (``score``) that a language-model archive lacks; then the archive's
     ``lm_head`` is left out too.
 
     Raises UserError naming the first few missing, unexpected or differently shaped tensors.
     """
+    given, own = check_base(model, archive, head=head), model.state_dict()
+    with torch.no_grad():
+        for name, tensor in given.items():
+            if name in own:
+                own[name].copy_(checkpoint.place(tensor, own[name]))
+    log.info("loaded %d tensors from %s", sum(k in own for k in given), archive.path)
+
+
+def check_base(model: nn.Module, archive: Archive, *, head: str | None = None) -> dict[str, Tensor]:
+    """The archive's tensors by the model's names, or the UserError that `load_base` promises. Needs no values."""
     own = model.state_dict()
     if any(_QUANTISED.search(k) for k in archive.base):
         raise UserError(
@@ -221,7 +234,7 @@ def load_base(model: nn.Module, archive: Archive, *, head: str | None = None) ->
             "set model.quantization=nf4 (its LoRA tensors are then loaded on the requantised base)"
         )
     given = _without_prefix(archive.base, own)
-    tied = _tied_groups(own)
+    tied = _tied_groups(model)
     unexpected = [k for k in given if k not in own and not _STALE.search(k)]
     missing = [k for k in own if k not in given and not any(t in given for t in tied[k])]
     if head is not None:
@@ -241,19 +254,19 @@ def load_base(model: nn.Module, archive: Archive, *, head: str | None = None) ->
                 f"model.archive={archive.path}: {name} and {twin} differ there, but this model ties them; "
                 "the archive is of another configuration (tie_word_embeddings)"
             )
-    with torch.no_grad():
-        for name, tensor in given.items():
-            if name in own:
-                own[name].copy_(tensor)
-    log.info("loaded %d tensors from %s", sum(k in own for k in given), archive.path)
+    return given
 
 
-def _tied_groups(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """For each name, the other names of the same storage."""
+def _tied_groups(model: nn.Module) -> dict[str, list[str]]:
+    """For each name, the other names of the same parameter."""
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     groups: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        groups.setdefault(tensor.data_ptr(), []).append(name)
-    return {name: [n for n in groups[tensor.data_ptr()] if n != name] for name, tensor in state.items()}
+    for name, tensor in named:
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: [n for n in groups[id(tensor)] if n != name] for name, tensor in named}
 
 
 def _mismatch(
@@ -288,7 +301,7 @@ def _mismatch(
 
 def load_adapter(model: nn.Module, archive: Archive, name: str) -> None:
     """Copy the archive's LoRA tensors into adapter ``name`` of a PeftModel. Strict; raises UserError on any difference."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     own = {_peft_file_name(k): v for k, v in own.items()}
@@ -309,9 +322,9 @@ def load_adapter(model: nn.Module, archive: Archive, name: str) -> None:
             f"model.archive={archive.path}: its LoRA adapter does not fit; {'; '.join(p for p in parts if p)}; "
             "use its model=, model.lora_rank= and model.lora_target_modules="
         )
-    set_peft_model_state_dict(
-        model, {f"base_model.model.{k}": v for k, v in archive.adapter.items()}, adapter_name=name
-    )
+    with torch.no_grad():
+        for key, tensor in archive.adapter.items():
+            own[key].copy_(checkpoint.place(tensor, own[key]))
     log.info("loaded LoRA adapter (%d tensors) from %s", len(own), archive.path)
 
 
@@ -322,7 +335,7 @@ def weights_hash(model: nn.Module, adapter: str | None = None) -> str:
     """SHA-256 (hex) of the function a model computes: parameters, persistent buffers and configuration.
 
     A PeftModel hashes as its base model (so LoRA and full runs from the same weights share cached reference
-    log-probs); ``adapter`` adds that adapter's tensors and scale. Call it before the model is sharded.
+    log-probs); ``adapter`` adds that adapter's tensors and scale. Of a sharded model: on every rank.
     """
     digest = hashlib.sha256()
     volatile = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"}
@@ -345,6 +358,6 @@ def weights_hash(model: nn.Module, adapter: str | None = None) -> str:
 
 
 def _update(digest: Any, name: str, tensor: Tensor) -> None:
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = full_tensor(tensor).contiguous()
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     digest.update(tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b"")

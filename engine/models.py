@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import archives
+from engine import archives, checkpoint
 from engine.archives import Archive, weights_hash
 from engine.lora import (
     POLICY_ADAPTER,
@@ -170,6 +171,8 @@ def build_policy(
     heads are drawn from streams of ``seed``. Torch's global generator is as before on return. Dropout is 0 everywhere, so
     training and evaluation mode compute the same. When the archive is an adapter, training continues from it and a frozen
     copy named ``reference`` stays in the model (see ``reference.AdapterOffReference``).
+
+    device="meta" (where `can_defer` allows it) gives the structure without values: shard it, then call `fill`.
     """
     model, stored = _assemble(
         spec,
@@ -242,8 +245,11 @@ def _assemble(
             "the merged model"
         )
     num_labels = None if output == "logps" else (dim or 1)
+    deferred = torch.device(device).type == "meta"
     if spec.config is not None:
         model = _from_seed(spec, num_labels, tokenizer)
+    elif deferred:
+        model = _skeleton(spec, num_labels, dtype)
     else:
         model = _from_pretrained(spec, num_labels, dtype, device)
     _check_vocabulary(model.get_input_embeddings().weight.shape[0], tokenizer, spec)
@@ -254,11 +260,13 @@ def _assemble(
             parameter.data = parameter.data.to(dtype)  # not buffers: rotary frequencies stay in float32
     if num_labels is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
-        _draw_head(getattr(model, HEAD), model.config.initializer_range, seed)
+        if not deferred:
+            _draw_head(getattr(model, HEAD), model.config.initializer_range, seed)
     if stored is not None:
         _check_archived_tokenizer(stored, tokenizer)
-        _load_base(model, stored, spec, HEAD if num_labels is not None else None)
-    if spec.quantization is None:
+        if not deferred:
+            _load_base(model, stored, spec, HEAD if num_labels is not None else None)
+    if spec.quantization is None and not deferred:
         model.to(device)
     if spec.use_lora:
         model = with_lora(
@@ -344,6 +352,83 @@ def _from_pretrained(
     return model
 
 
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get parameters without memory; their buffers (rotary frequencies) are computed as usual."""
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        plain(module, name, parameter)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain
+
+
+def _skeleton(spec: ModelSpec, num_labels: int | None, dtype: torch.dtype) -> nn.Module:
+    """The pretrained model's structure; parameters on the meta device."""
+    cls = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    hub = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        config = _prepare_config(AutoConfig.from_pretrained(_local(spec.name_or_path), **hub), num_labels)
+        code = {"trust_remote_code": spec.trust_remote_code}
+        with drawing_from(0, "unused"), _parameters_on_meta():
+            return cls.from_config(config, dtype=dtype, attn_implementation=spec.attn_implementation, **code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name_or_path={spec.name_or_path}: cannot be loaded ({first_line(error)})"
+        ) from error
+
+
+def _pretrained(spec: ModelSpec, model: nn.Module) -> Archive:
+    """The pretrained tensors, mapped and not read, under the names that ``model`` uses."""
+    name = _local(spec.name_or_path)
+    if not Path(name).is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        name = snapshot_download(name, revision=spec.revision, allow_patterns=patterns)
+    stored = archives.read(name)
+    own, prefix = model.state_dict().keys(), model.base_model_prefix
+    base = {
+        f"{prefix}.{k}" if k not in own and f"{prefix}.{k}" in own else k: v for k, v in stored.base.items()
+    }
+    return replace(stored, base=base)
+
+
+def can_defer(spec: ModelSpec, output: Output = "logps", dim: int | None = None) -> bool:
+    """Whether the model can be built without values and filled when it is sharded (device="meta" and `fill`).
+
+    Not: models drawn from a seed, LoRA and 4-bit models, and those whose files transformers converts while loading.
+    """
+    if spec.name_or_path is None or spec.use_lora or spec.quantization is not None:
+        return False
+    model = _skeleton(spec, None if output == "logps" else (dim or 1), DTYPES[spec.policy_dtype])
+    try:
+        archives.check_base(model, _pretrained(spec, model), head=None if output == "logps" else HEAD)
+    except (UserError, OSError, ValueError) as error:
+        log.info("%s: built whole on the CPU of every rank, then sharded (%s)", spec.name, first_line(error))
+        return False
+    return True
+
+
+def fill(
+    model: nn.Module, spec: ModelSpec, *, archive: str | None, output: Output = "logps", seed: int
+) -> None:
+    """Values for a model built with device="meta", once sharded: each rank reads and keeps its own slices, one tensor
+    after the other. The same values as `build_policy` and `build_reference` give. On every rank."""
+    head = None if output == "logps" else HEAD
+    archives.load_base(model, _pretrained(spec, model), head=head)
+    if head is not None:
+        _draw_head(getattr(model, head), model.config.initializer_range, seed)
+    if archive is not None:
+        _load_base(model, archives.read(archive), spec, head)
+
+
 def _safetensors_first(cls: type, name: str, **kwargs: Any) -> tuple[nn.Module, Mapping[str, Any]]:
     """safetensors where the repository has them; else .bin files, read by torch.load(weights_only=True)."""
     try:
@@ -408,7 +493,7 @@ def _draw_head(head: nn.Module, std: float, seed: int) -> None:
     """Normal(0, std^2) weights from the stream (seed, "head"); a bias, if any, starts at 0."""
     draws = stream(seed, "head").normal(0.0, std, tuple(head.weight.shape))
     with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(draws))
+        head.weight.copy_(checkpoint.place(torch.from_numpy(draws), head.weight))
         if head.bias is not None:
             head.bias.zero_()
 
@@ -454,8 +539,8 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
 def restore(model: nn.Module, path: Path | str) -> None:
     """Put back what ``save_model`` wrote, bit for bit, into a model built with the same spec and archive. Strict.
 
-    For resuming: of a LoRA model only the trained adapter changes, its base and reference adapter stay. Call it before the
-    model is sharded.
+    For resuming: of a LoRA model only the trained adapter changes, its base and reference adapter stay. Of a sharded model:
+    on every rank.
     """
     stored = archives.read(str(path))
     if is_peft(model):

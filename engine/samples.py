@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from data.schema import Row
-from engine import models, reference, sampling
+from engine import models, sampling
+from engine.lora import adapter_off
+from engine.parallel import unsharded
 from utils import stream
 
 
@@ -17,8 +19,8 @@ class Sampler:
 
     The prompts, and each prompt's draws, are functions of the seed alone, so tables of different steps compare.
 
-    reference_model  gives the frozen reference (unused for LoRA, whose adapter is switched off); None: no reference
-    write            takes (examples, rows): rows have model, uid, group, prompt, sample, finished
+    reference  gives the Scorer of the frozen reference (unused for LoRA, whose adapter is switched off); None: no reference
+    write      takes (examples, rows): rows have model, uid, group, prompt, sample, finished
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class Sampler:
         rows: Sequence[Row],
         groups: Sequence[str],
         tokenizer: Any,
-        reference_model: Callable[[], nn.Module] | None,
+        reference: Callable[[], nn.Module] | None,
         write: Callable[[int, list[dict[str, Any]]], None],
         num_prompts: int,
         max_new_tokens: int,
@@ -37,37 +39,33 @@ class Sampler:
         unique = list({row.prompt_key: row for row in rows}.values())
         order = stream(0, "sampled prompts").permutation(len(unique))[:num_prompts]
         self.rows = [unique[i] for i in order]
-        self.groups, self.tokenizer, self.reference_model, self.write = (
-            groups,
-            tokenizer,
-            reference_model,
-            write,
-        )
+        self.groups, self.tokenizer, self.reference, self.write = groups, tokenizer, reference, write
         self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
         self._reference_rows: list[dict[str, Any]] | None = None
 
     def __call__(self, scorer: nn.Module, examples: int) -> None:
-        rows = self._draw(scorer.model, "policy")
-        if self.reference_model is not None:
+        rows = self._draw(scorer, "policy")
+        if self.reference is not None:
             if self._reference_rows is None:
                 if models.is_peft(scorer.model):
-                    with reference.adapter_off(scorer.model):
-                        self._reference_rows = self._draw(scorer.model, "reference")
+                    with adapter_off(scorer.model):
+                        self._reference_rows = self._draw(scorer, "reference")
                 else:
-                    self._reference_rows = self._draw(self.reference_model(), "reference")
+                    self._reference_rows = self._draw(self.reference(), "reference")
             rows = rows + self._reference_rows
         self.write(examples, rows)
 
-    def _draw(self, model: nn.Module, name: str) -> list[dict[str, Any]]:
-        drawn = sampling.generate(
-            model,
-            self.tokenizer,
-            [row.prompt for row in self.rows],
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-            keys=[(row.uid, name) for row in self.rows],
-            batch_size=self.batch_size,
-        )
+    def _draw(self, scorer: nn.Module, name: str) -> list[dict[str, Any]]:
+        with unsharded(scorer):
+            drawn = sampling.generate(
+                scorer.model,
+                self.tokenizer,
+                [row.prompt for row in self.rows],
+                max_new_tokens=self.max_new_tokens,
+                seed=self.seed,
+                keys=[(row.uid, name) for row in self.rows],
+                batch_size=self.batch_size,
+            )
         return [
             {
                 "model": name,
