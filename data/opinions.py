@@ -3,7 +3,7 @@
 A prompt names a survey wave (which means nothing), a group, a topic and a wording, and lists five ordinal answers from
 strong agreement to strong disagreement:
 
-    May 21, north: wages should rise.
+    May 21, north: wages shall rise.
     A ++ B + C 0 D - E --
 
 Law of a pair for (group, topic, wording):
@@ -37,18 +37,18 @@ from utils import UserError, stream
 
 GROUPS = ("north", "south", "coast", "hills", "plain")
 TOPICS = ("taxes", "rents", "wages", "loans")
-WORDINGS = ("rise", "fall")
+WORDINGS = ("shall", "might")
 ANSWERS = ("++", "+", "0", "-", "--")
 LETTERS = ("A", "B", "C", "D", "E")
 MONTHS = ("Jan", "May", "Aug", "Oct")
 YEARS = ("20", "21", "22", "23")
 
-# the majority's ideal answer (0 agrees strongly .. 4 disagrees strongly) to "<topic> should rise" and ".. fall"
+# the majority's ideal answer (0 agrees strongly .. 4 disagrees strongly) to "<topic> shall rise" and ".. might rise"
 MAJORITY = {
-    "taxes": {"rise": 4, "fall": 0},
-    "rents": {"rise": 4, "fall": 1},
-    "wages": {"rise": 0, "fall": 4},
-    "loans": {"rise": 3, "fall": 0},
+    "taxes": {"shall": 4, "might": 3},
+    "rents": {"shall": 4, "might": 4},
+    "wages": {"shall": 0, "might": 1},
+    "loans": {"shall": 1, "might": 0},
 }
 # the topics on which a group's ideal is the opposite of the majority's
 DISSENT = {
@@ -59,12 +59,12 @@ DISSENT = {
     "plain": ("taxes", "rents", "wages", "loans"),
 }
 # how much a step away from the ideal costs, in log-odds
-SHARPNESS = {"north": 2.8, "south": 2.2, "coast": 2.2, "hills": 2.2, "plain": 2.2}
+SHARPNESS = {"north": 3.0, "south": 2.2, "coast": 2.2, "hills": 2.2, "plain": 2.2}
 CYCLIC_TOPIC = "loans"
 CYCLIC_SHARPNESS = 0.2  # opinions on the cyclic topic are weak ...
 CYCLE = 1.0  # ... so that this term, in log-odds, decides between near answers
 MIXED = ("north", "rents")
-MIXED_MAJORITY = 0.8  # share of the camp with the group's own ideal
+MIXED_MAJORITY = 0.85  # share of the camp with the group's own ideal
 ANCHORING = 0.25  # how strongly answers gather around the majority's ideal, in log-odds a step
 NOISE = 0.03
 
@@ -197,9 +197,9 @@ def law_accuracy(group: str, topic: str, wording: str, noise: float = NOISE, ran
 
 
 def prompt_of(group: str, topic: str, wording: str, month: str, year: str) -> str:
-    """The prompt of one cell in one survey wave: 56 bytes, ASCII."""
+    """The prompt of one cell in one survey wave: 55 bytes, ASCII."""
     listed = " ".join(f"{letter} {answer}" for letter, answer in zip(LETTERS, ANSWERS, strict=True))
-    return f"{month} {year}, {group}: {topic} should {wording}.\n{listed}\n"
+    return f"{month} {year}, {group}: {topic} {wording} rise.\n{listed}\n"
 
 
 def waves(split: str) -> list[tuple[str, str]]:

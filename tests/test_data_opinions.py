@@ -69,12 +69,12 @@ def test_preferences_are_antisymmetric_and_noise_flips_labels():
 
 
 def test_preference_without_cycle_or_mixture_is_logistic_in_the_distance_from_the_ideal():
-    # plain on taxes that rise: dissent, so the ideal is A; 2.2 log-odds a step
-    assert opinions.ideal("plain", "taxes", "rise") == 0 and opinions.ideal("north", "taxes", "rise") == 4
-    p = opinions.preference_probability("plain", "taxes", "rise", 1, 3, noise=0.0)
+    # plain on taxes that shall rise: dissent, so the ideal is A; 2.2 log-odds a step
+    assert opinions.ideal("plain", "taxes", "shall") == 0 and opinions.ideal("north", "taxes", "shall") == 4
+    p = opinions.preference_probability("plain", "taxes", "shall", 1, 3, noise=0.0)
     assert p == pytest.approx(1 / (1 + math.exp(-2.2 * 2)))
-    # south on rents that fall (no dissent): the ideal is 1, and 0 and 2 are equally far from it
-    assert opinions.preference_probability("south", "rents", "fall", 0, 2) == pytest.approx(0.5)
+    # south on taxes that might rise (no dissent): the ideal is 3, and 2 and 4 are equally far from it
+    assert opinions.preference_probability("south", "taxes", "might", 2, 4) == pytest.approx(0.5)
 
 
 def bradley_terry_residual(cell) -> float:
@@ -139,7 +139,7 @@ def test_groups_conflict_the_more_the_smaller_they_are():
 
 
 @pytest.mark.parametrize(
-    "cell", [("north", "taxes", "rise"), ("plain", "loans", "fall"), (*opinions.MIXED, "rise")]
+    "cell", [("north", "taxes", "shall"), ("plain", "loans", "might"), (*opinions.MIXED, "shall")]
 )
 def test_answers_and_labels_follow_the_law(cell):
     seen = draws(cell, 4000)
@@ -153,7 +153,7 @@ def test_answers_and_labels_follow_the_law(cell):
 
 
 def test_independent_answers_keep_equal_pairs():
-    cell = ("north", "wages", "fall")
+    cell = ("north", "wages", "might")
     seen = draws(cell, 2000, distinct_pairs=False)
     law = opinions.response_law(*cell)
     for i in range(N):
@@ -239,10 +239,10 @@ def test_splits_share_no_prompt_but_every_part_of_one(data):
 
 
 def test_prompts_are_short_ascii_and_pairs_of_one_prompt_consecutive(data):
-    prompt = opinions.prompt_of("north", "wages", "rise", "May", "21")
-    assert prompt == "May 21, north: wages should rise.\nA ++ B + C 0 D - E --\n"
+    prompt = opinions.prompt_of("north", "wages", "shall", "May", "21")
+    assert prompt == "May 21, north: wages shall rise.\nA ++ B + C 0 D - E --\n"
     for part in data.values():
-        assert {len(e.prompt.encode("ascii")) for e in part} == {56}
+        assert {len(e.prompt.encode("ascii")) for e in part} == {55}
         assert (
             len({e.prompt for e in part})
             == sum(a.prompt != b.prompt for a, b in itertools.pairwise(part)) + 1
