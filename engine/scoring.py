@@ -161,7 +161,8 @@ class Scorer(nn.Module):
             layout.lengths,
             of_response,
         )
-        hidden = self._hidden(layout, ids, positions).flatten(0, 1).index_select(0, at)
+        with _last_mlp_only_at(self._inner.base_model, at):
+            hidden = self._hidden(layout, ids, positions).flatten(0, 1).index_select(0, at)
         if self.output != "logps":
             values = _floating(getattr(self._inner, SCORE_HEAD)(hidden)).index_select(0, unit)
             return values.new_empty(0), values[:, 0] if self.output == "reward" else values, None
@@ -307,6 +308,36 @@ class Scorer(nn.Module):
         if dtype == torch.float32 and self.device.type == "cuda":
             return PROBE_TOLERANCE_TF32
         return PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE_HALF)
+
+
+@contextlib.contextmanager
+def _last_mlp_only_at(body: nn.Module, at: Tensor) -> Iterator[None]:
+    """Nothing mixes positions after the last attention, so the last block's MLP runs at the positions ``at`` (M,) alone.
+
+    What stands elsewhere in the body's output is then meaningless. Blocks without an MLP of the usual shape run in full, and
+    so do blocks that are computed again in the backward pass, where these hooks are gone.
+    """
+    blocks = [m for m in body.modules() if isinstance(getattr(m, "mlp", None), nn.Module)]
+    usual = blocks and type(blocks[-1].mlp).__name__.endswith("MLP")
+    if not usual or getattr(blocks[-1], "gradient_checkpointing", False):
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def narrow(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        shape.append(args[0].shape)
+        return (args[0].flatten(0, 1).index_select(0, at)[None],)
+
+    def widen(_: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        everywhere = out.new_zeros(shape[-1]).flatten(0, 1)
+        return everywhere.index_copy(0, at, out[0]).view(shape[-1])
+
+    hooks = blocks[-1].mlp.register_forward_pre_hook(narrow), blocks[-1].mlp.register_forward_hook(widen)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _floating(x: Tensor) -> Tensor:
