@@ -121,6 +121,8 @@ class Trainer:
         self.spike = SpikeGuard(self.config.spike_factor, run_dir=parts.run_dir)
         self.last_evaluation: dict[str, Evaluation] = {}
         self.evaluated_at = -1
+        self.logged: list[str] = []  # splits whose evaluation at this count is in metrics.jsonl
+        self.judged = False  # whether the stopper has seen that evaluation
         self.saved_at = -1
         self.exit_code = 0
         self.restored: dict[str, int] = {}
@@ -170,6 +172,7 @@ class Trainer:
         self.parts.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         self.examples += num_examples
+        self.logged, self.judged = [], False
         metrics["train/loss"] = float(loss_sums.sum()) / units
         metrics["train/objective"] = float(sums.sums("objective").sum()) / units
         self.spike.update(self.step_count, metrics["train/loss"], norm, uids)
@@ -254,12 +257,15 @@ class Trainer:
                 with autocast(self.config.precision, self.world.device):
                     found = self.parts.evaluator.run(split, self.policy, self.examples)
                 self.last_evaluation[split] = found
-                self.write("eval", found.metrics, split=found.prefix, **self.restored)
+                if split not in self.logged:
+                    self.write("eval", found.metrics, split=found.prefix, **self.restored)
+                    self.logged.append(split)
                 metrics |= found.metrics
         self.parts.evaluator.sample(self.policy, self.examples)
         self.evaluated_at = self.examples
-        if not judge:
+        if self.judged or not judge:
             return Decision(self.parts.schedule.scale)
+        self.judged = True
         decision = self.parts.stopper.update(metrics, self.step_count, self.examples)
         self.parts.schedule.scale = decision.lr_scale
         if decision.cut:
@@ -271,16 +277,17 @@ class Trainer:
     def finish(self) -> None:
         """Restore the best weights if asked to, evaluate every split once, save."""
         restored = self.parts.stopper.best_examples() if self.parts.stopper.restores_best else None
-        if restored == self.examples:
+        if restored == self.examples or self.restored:  # the latter: this start continued from what is saved below
             restored = None
         if restored is not None:
             log.info("restoring the best checkpoint, step-%d", restored)
             self.parts.read_model(self.parts.run_dir / f"step-{restored}")
             self.evaluated_at = self.saved_at = -1  # LATEST holds what was reported
             self.restored = {"restored_from": restored}
+            self.logged = []
         missing = [s for s in self.parts.evaluator.splits if s not in self.last_evaluation]
         if self.evaluated_at != self.examples or missing:
-            self.evaluate(list(self.parts.evaluator.splits), judge=restored is None)
+            self.evaluate(list(self.parts.evaluator.splits), judge=not self.restored)
         self.save()
 
     # -------------------------------------------------------------------------------------------- records, state
@@ -309,6 +316,7 @@ class Trainer:
             "stopper": self.parts.stopper.state_dict(),
             "guard": self.guard.state_dict(),
             "spike": self.spike.state_dict(),
+            "evaluation": {"logged": self.logged, "judged": self.judged, "restored": self.restored},
             "metrics": self.parts.metrics.state_dict(),
         }
 
@@ -319,6 +327,9 @@ class Trainer:
         self.parts.stopper.load_state_dict(state["stopper"])
         self.guard.load_state_dict(state["guard"])
         self.spike.load_state_dict(state["spike"])
+        evaluation = state["evaluation"]
+        self.logged, self.judged = list(evaluation["logged"]), evaluation["judged"]
+        self.restored = dict(evaluation["restored"])
         self.saved_at = self.examples
         self.evaluated_at = self.examples
 
