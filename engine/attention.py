@@ -147,6 +147,17 @@ def _by_blocks(
     return torch.cat(outs, dim=2)
 
 
+def _by_flex(query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float | None) -> Tensor:
+    """As `_by_blocks` without dropout, in one call."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(
+        kind
+    ):  # autocast does not know FlexAttention: rotary queries and keys come in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
+    return _compiled_flex()(query, key, value, block_mask=trees.block_mask, scale=scale, enable_gqa=gqa)
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -171,14 +182,7 @@ def tree_attention(
     if unknown:
         raise ValueError(f"{type(module).__name__}: attention with {unknown[0]} has no shared-prefix form")
     if trees.flex and dropout == 0.0:  # FlexAttention has no dropout
-        out = _compiled_flex()(
-            query,
-            key,
-            value,
-            block_mask=trees.block_mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        out = _by_flex(query, key, value, trees, scaling)
     else:
         out = _by_blocks(query, key, value, trees, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None

@@ -155,7 +155,9 @@ class _TargetLogps(torch.autograd.Function):
             num_kept = min(num, workspace.keep_bytes // (vocab * products.sums.itemsize))
             num_kept = 0 if num_kept < min(num, MIN_KEPT_TOKENS) else num_kept
         groups = plan(num, vocab, *tiling, num_kept)
-        ctx.key = workspace.owner = object() if num_kept else None
+        ctx.key = object() if num_kept else None
+        if num_kept:
+            workspace.owner = ctx.key
         like = h.new_empty(0, dtype=products.sums)
         lse = like.new_empty(num)
         mean = like.new_zeros(num, h.shape[1]) if wants.hidden else None

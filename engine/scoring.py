@@ -81,6 +81,7 @@ class Scorer(nn.Module):
         )
         self.layout: LayoutName = "padded"
         self.fallback_reason: str | None = None
+        self._flex = False
         self._window = _sliding_window(self._inner.config)
         self._dummy_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         if layout == "shared_prefix":
@@ -177,7 +178,7 @@ class Scorer(nn.Module):
         if layout.blocks:
             # a four-dimensional mask is passed on untouched by transformers, and `tree_attention` does not look at it
             mask = self._dummy_mask = self._dummy_mask.to(ids.device)
-            trees = attention.Trees(layout.blocks, ids.device, flex=ids.device.type == "cuda")
+            trees = attention.Trees(layout.blocks, ids.device, flex=self._flex)
             extra: dict[str, Any] = {"position_ids": positions, "trees": trees}
         else:
             (mask,) = self._to_device(layout.attention_mask)
@@ -259,18 +260,26 @@ class Scorer(nn.Module):
         before = self._inner.config._attn_implementation
         self._inner.set_attn_implementation(attention.NAME)
         self.layout = "shared_prefix"
-        try:
-            gap = self._probe()
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = f"it fails on a small example ({type(error).__name__}: {str(error).splitlines()[0]})"
-        else:
-            limit = self._probe_tolerance()
-            if not gap <= limit:
-                reason = f"its log-probs differ from those of separate rows by {gap:.1e} nats per token (limit {limit:g})"
-        if reason is not None:
-            self._inner.set_attn_implementation(before)
-            self.layout = "padded"
+        for flex in (True, False) if self.device.type == "cuda" else (False,):
+            self._flex = flex
+            reason = self._failure()
+            if reason is None:
+                return None
+        self._inner.set_attn_implementation(before)
+        self.layout = "padded"
         return reason
+
+    def _failure(self) -> str | None:
+        """What is wrong with the layout in use on a few tokens, or None."""
+        try:
+            gap, limit = self._probe(), self._probe_tolerance()
+        except (TypeError, ValueError, RuntimeError) as error:
+            return f"it fails on a small example ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if gap <= limit:
+            return None
+        return (
+            f"its log-probs differ from those of separate rows by {gap:.1e} nats per token (limit {limit:g})"
+        )
 
     def _check_head(self) -> None:
         """Raise when the padded layout cannot reproduce the model's own logits either."""
