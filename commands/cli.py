@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from config.build import build
 from config.compose import Run, compose
+from config.schema import Config
 from utils import UserError, content_hash, setup_logging, write_atomic
 
 
@@ -39,15 +41,25 @@ def entry(
         raise SystemExit(2) from None
 
 
+def use_threads(config: Config) -> None:
+    """CPU threads of torch, as in a training run."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+
 def split(argv: Iterable[str], name: str) -> tuple[dict[str, Any], list[str]]:
-    """({key: value} of the words ``<name>.key=value``, the other words)."""
+    """({key: value} of the words ``<name>.key=value``, the other words); ``<name>.part.key`` is {part: {key: value}}."""
     own: dict[str, Any] = {}
-    rest = []
+    rest: list[str] = []
     for word in argv:
         key, equals, value = word.lstrip("-").partition("=")
         if equals and key.startswith(f"{name}."):
+            *parts, last = key.removeprefix(f"{name}.").split(".")
+            inner = own
+            for word_ in parts:
+                inner = inner.setdefault(word_, {})
             try:
-                own[key.removeprefix(f"{name}.")] = yaml.safe_load(value) if value else None
+                inner[last] = yaml.safe_load(value) if value else None
             except yaml.YAMLError as error:
                 raise UserError(f"{key}={value}: cannot be read ({error})") from error
         else:

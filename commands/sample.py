@@ -1,35 +1,47 @@
-"""Auxiliary responses for VRPO: 2M fresh responses per prompt from the reference policy.
+"""Auxiliary responses for VRPO: 2M fresh responses per labelled pair from the reference policy.
 
     python -m commands.sample model=tiny model.archive=runs/SFT/LATEST datasets=[hh] data.hh.path=FILE sample.out=DIR
 
 Writes DIR/<split>.jsonl, one row per labelled pair (all its columns, plus the auxiliary responses on the splits asked
-for), which `python -m commands.annotate` completes and `datasets=[local]` reads.
+for), which `python -m commands.annotate` completes and `datasets=[local]` reads. A killed command continues where it was.
+DIR/two_sample.json compares the labelled responses with the drawn ones: VRPO presumes that they follow one law.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 import assembly
-from commands.cli import Output, entry
+from commands import rows as jsonl
+from commands import two_sample
+from commands.cli import Output, entry, use_threads
 from config.compose import Run
 from data.schema import Example, Row
-from engine import models, parallel, sampling
+from engine import archives, models, parallel, sampling
 from losses.pairwise import DPO
-from utils import UserError, log
+from preference_datasets import Counts, Tokenization, tokenize
+from trainers import autocast
+from utils import UserError, content_hash, log, stream_seed, write_atomic
+
+CHUNKS = 8  # generation batches between two writes: a killed command loses at most these
+Draw = Callable[[Sequence[np.ndarray], Sequence[int], Sequence[tuple]], list[sampling.Sample]]
 
 
 @dataclass(frozen=True)
 class Settings:
     """out: folder of the results. num_pairs: M, auxiliary pairs per row. splits: which get auxiliary responses (the others are
-    written without). temperature 1, top_p 1: the reference policy itself, which VRPO presumes. max_new_tokens: null is
-    max_length - max_prompt_length. batch_size: responses generated together. engine: hf, or vllm where it is installed."""
+    written without). temperature 1, top_p 1: the reference policy itself, which VRPO presumes. max_new_tokens: null is the
+    room that max_length leaves after the prompt, as for the labelled responses. batch_size: responses generated together;
+    what is drawn does not depend on it. engine: hf, or vllm where it is installed. check: rows whose labelled responses are
+    compared with the drawn ones; 0 is none."""
 
     out: str
     num_pairs: int = 1
@@ -38,88 +50,217 @@ class Settings:
     top_p: float = 1.0
     max_new_tokens: int | None = None
     batch_size: int = 64
-    engine: str = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
+    check: int = 256
 
     def __post_init__(self) -> None:
-        if self.num_pairs < 1:
-            raise UserError(f"sample.num_pairs={self.num_pairs}: must be at least 1")
-        if self.engine not in ("hf", "vllm"):
-            raise UserError(f"sample.engine={self.engine}: must be hf or vllm")
+        for key, least in (("num_pairs", 1), ("batch_size", 1), ("check", 0)):
+            if getattr(self, key) < least:
+                raise UserError(f"sample.{key}={getattr(self, key)}: must be at least {least}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"sample.max_new_tokens={self.max_new_tokens}: must be at least 1, or null")
 
 
 def run(run: Run, settings: Settings) -> None:
-    """Draw 2M responses per prompt from the model (model.archive= is the reference policy) and write JSONL."""
+    """Draw 2M responses per labelled pair from the reference policy (model.archive=) and write JSONL."""
     config = run.config
+    use_threads(config)
     if run.model.archive is None and run.model.config is not None:
         log.warning("model.archive=null: sampling from an untrained model")
+    if (settings.temperature, settings.top_p) != (1.0, 1.0):
+        log.warning(
+            "sample.temperature=%g sample.top_p=%g: not the reference policy's own law, which VRPO presumes the labelled "
+            "responses follow; the correction is then biased",
+            settings.temperature,
+            settings.top_p,
+        )
     tokenizer = models.load_tokenizer(run.model)
     data = assembly.load_data(run, tokenizer, DPO(beta=1.0))
-    model = models.build_policy(
-        run.model,
-        archive=run.model.archive,
-        seed=config.seed,
-        device=parallel.pick_device(config.device),
-        tokenizer=tokenizer,
-    )
-    provenance = {
-        "model": run.plain["model"]["name"],
-        "archive": run.model.archive,
-        "weights": models.weights_hash(model),
-        "seed": config.seed,
-        **{k: v for k, v in asdict(settings).items() if k not in ("out", "batch_size", "splits")},
-        "max_new_tokens": settings.max_new_tokens or config.max_length - config.max_prompt_length,
-    }
-    for split, rows in data.rows.items():
-        sampled = split in settings.splits
-        output = Output(
-            Path(settings.out) / f"{split}.jsonl", {**provenance, "sampled": sampled, "split": split}
+    stray = [split for split in settings.splits if split not in data.rows]
+    if stray:
+        raise UserError(
+            f"sample.splits={list(settings.splits)}: no split {stray[0]!r}; there are {list(data.rows)}"
         )
-        todo = [
-            (row, example)
-            for row, example in zip(rows, data.examples[split], strict=True)
-            if row.uid not in output.done
-        ]
-        log.info("%s: %d rows, %d already there", split, len(rows), len(rows) - len(todo))
-        step = max(1, settings.batch_size // (2 * settings.num_pairs)) * 8
-        for start in tqdm(range(0, len(todo), step), desc=f"sample {split}", mininterval=1.0):
+    device = parallel.pick_device(config.device)
+    model = models.build_reference(
+        run.model, archive=run.model.archive, seed=config.seed, device=device, tokenizer=tokenizer
+    )
+    draw = with_vllm(run, settings) if settings.engine == "vllm" else with_hf(run, settings, model, tokenizer)
+    origin = provenance(run, settings, model)
+    for split, rows in data.rows.items():
+        pairs = list(zip(rows, data.examples[split], strict=True))
+        with autocast(config.precision, device):
+            sample_split(run, settings, split, pairs, draw, tokenizer, origin)
+    advise_truncation(run)
+    for split in settings.splits:
+        if settings.check:
+            scorer = assembly.build_scorer(run, model)
+            with autocast(config.precision, device):
+                check_laws(run, settings, split, scorer, tokenizer)
+
+
+def provenance(run: Run, settings: Settings, model: Any) -> dict[str, Any]:
+    """What decides the draws: part of the output's identity, and of every row."""
+    adapter = models.POLICY_ADAPTER if models.is_peft(model) else None
+    return {
+        "model": run.model.name,
+        "weights": models.weights_hash(model, adapter)[:16],
+        "seed": run.config.seed,
+        "precision": run.config.precision,
+        **{k: v for k, v in asdict(settings).items() if k not in ("out", "batch_size", "splits", "check")},
+    }
+
+
+def room(row: Row, run: Run, settings: Settings) -> int:
+    """Response tokens that fit after the row's prompt."""
+    fits = run.config.max_length - len(row.prompt)
+    return fits if settings.max_new_tokens is None else min(fits, settings.max_new_tokens)
+
+
+def sample_split(
+    run: Run,
+    settings: Settings,
+    split: str,
+    pairs: Sequence[tuple[Row, Example]],
+    draw: Draw,
+    tokenizer: Any,
+    origin: dict[str, Any],
+) -> None:
+    """Write DIR/<split>.jsonl; rows that are there already stay."""
+    number = 2 * settings.num_pairs if split in settings.splits else 0
+    prompts = content_hash([[row.uid, row.prompt.tolist(), room(row, run, settings)] for row, _ in pairs])
+    output = Output(
+        Path(settings.out) / f"{split}.jsonl", {**origin, "responses": number, "prompts": prompts[:16]}
+    )
+    todo = [(row, example) for row, example in pairs if row.uid not in output.done]
+    log.info("%s: %d rows, %d of them already there", split, len(pairs), len(pairs) - len(todo))
+    step = max(1, settings.batch_size // max(number, 1)) * CHUNKS
+    how, counts = tokenization(run), Counter()
+    with tqdm(
+        total=len(pairs), initial=len(pairs) - len(todo), unit="row", desc=split, mininterval=1.0
+    ) as bar:
+        for start in range(0, len(todo), step):
             part = todo[start : start + step]
-            drawn = (
-                draw(model, tokenizer, [row for row, _ in part], provenance, settings) if sampled else None
-            )
-            output.append(
-                record(example, tokenizer, None if drawn is None else drawn[i], provenance)
-                for i, (_, example) in enumerate(part)
-            )
-        log.info("wrote %s", output.path)
+            made = [jsonl.to_row(example) for _, example in part]
+            if number:
+                drawn = draw(
+                    [row.prompt for row, _ in part for _ in range(number)],
+                    [room(row, run, settings) for row, _ in part for _ in range(number)],
+                    [(row.uid, i) for row, _ in part for i in range(number)],
+                )
+                for i, (row, example) in enumerate(part):
+                    mine = drawn[i * number : (i + 1) * number]
+                    texts = [as_text(sample, row.prompt, tokenizer, how) for sample in mine]
+                    jsonl.add_auxiliary(made[i], [t for t, _ in texts], [finished for _, finished in texts])
+                    made[i]["aux_from"] = origin
+                    count_samples(example, mine, texts, tokenizer, how, counts)
+            output.append(made)
+            bar.update(len(part))
+    report_counts(split, counts)
+    log.info("wrote %s", output.path)
 
 
-def draw(
-    model: Any, tokenizer: Any, rows: Sequence[Row], provenance: Mapping[str, Any], settings: Settings
-) -> list[list[sampling.Sample]]:
-    """2M samples per row; a draw is a function of (seed, uid, index) alone."""
-    number = 2 * settings.num_pairs
-    prompts = [row.prompt for row in rows for _ in range(number)]
-    keys = [(row.uid, i) for row in rows for i in range(number)]
-    if settings.engine == "vllm":
-        flat = with_vllm(provenance, prompts, keys, settings)
-    else:
-        flat = sampling.generate(
+def tokenization(run: Run) -> Tokenization:
+    """How the run reads its first data set."""
+    return assembly.tokenization(run, run.datasets[0])
+
+
+def as_text(
+    sample: sampling.Sample, prompt: np.ndarray, tokenizer: Any, how: Tokenization
+) -> tuple[str, bool]:
+    """(text, finished) of a sample.
+
+    A sample cut inside a character of several tokens loses that character. One that is cut and has no text is scored as
+    an empty, finished response: there would be nothing else to score.
+    """
+    before = (
+        prompt if how.mode == "joint" else prompt[:0]
+    )  # some tokenizers have a leading space only in company
+
+    def decode(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    text = decode(np.concatenate((before, sample.ids)))[len(decode(before)) :]
+    if not sample.finished:
+        text = text.rstrip("\ufffd")
+    return text, sample.finished or not text
+
+
+def count_samples(
+    example: Example,
+    samples: Sequence[sampling.Sample],
+    texts: Sequence[tuple[str, bool]],
+    tokenizer: Any,
+    how: Tokenization,
+    counts: Counter[str],
+) -> None:
+    """How many were drawn, cut, empty, and have other tokens once training reads them as text."""
+    written = replace(
+        example,
+        responses=tuple(("aux_1", text) for text, _ in texts),
+        response_scalars={"finished": tuple(float(finished) for _, finished in texts)},
+    )
+    (row,) = tokenize(
+        [written],
+        tokenizer,
+        replace(how, truncation="keep_end", max_length=10**9),
+        groups=(example.group,),
+        roles=("aux_1",),
+        optional_roles=("aux_1",),
+        counts=Counts(),
+    )
+    counts["drawn"] += len(samples)
+    counts["cut"] += sum(not s.finished for s in samples)
+    counts["empty"] += sum(not text for text, _ in texts)
+    counts["other_ids"] += sum(
+        not np.array_equal(s.ids, r) for s, r in zip(samples, row.responses, strict=True)
+    )
+
+
+def report_counts(split: str, counts: Counter[str]) -> None:
+    """One line about the samples, and a warning where text does not carry them."""
+    drawn = counts["drawn"]
+    if not drawn:
+        return
+    log.info(
+        "%s: %d responses drawn, %d cut at their limit, %d empty",
+        split,
+        drawn,
+        counts["cut"],
+        counts["empty"],
+    )
+    if counts["other_ids"] > 0.01 * drawn:
+        log.warning(
+            "%s: %d of %d responses have other tokens once written as text and read again (a model that has learnt its data "
+            "rarely does that): they no longer follow the reference policy exactly",
+            split,
+            counts["other_ids"],
+            drawn,
+        )
+
+
+def with_hf(run: Run, settings: Settings, model: Any, tokenizer: Any) -> Draw:
+    """Draws of engine.sampling: a function of (seed, uid, index) alone."""
+
+    def draw(
+        prompts: Sequence[np.ndarray], limits: Sequence[int], keys: Sequence[tuple]
+    ) -> list[sampling.Sample]:
+        return sampling.generate(
             model,
             tokenizer,
             prompts,
-            max_new_tokens=provenance["max_new_tokens"],
+            max_new_tokens=limits,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            seed=provenance["seed"],
+            seed=run.config.seed,
             keys=keys,
             batch_size=settings.batch_size,
         )
-    return [flat[i * number : (i + 1) * number] for i in range(len(rows))]
+
+    return draw
 
 
-def with_vllm(
-    provenance: Mapping[str, Any], prompts: Sequence[np.ndarray], keys: Sequence[tuple], settings: Settings
-) -> list[sampling.Sample]:
+def with_vllm(run: Run, settings: Settings) -> Draw:
     """The same through vLLM: faster on a GPU; its draws are seeded per request but are not those of engine=hf."""
     try:
         import vllm
@@ -127,57 +268,48 @@ def with_vllm(
         raise UserError(
             "sample.engine=vllm: vLLM is not installed; pip install vllm, or sample.engine=hf"
         ) from error
-    from engine.archives import find
-    from utils import stream_seed
-
-    if provenance["archive"] is None:
+    if run.model.archive is None:
         raise UserError(
             "sample.engine=vllm: give model.archive=, a full model saved by a run or a Hugging Face directory"
         )
-    llm = vllm.LLM(str(find(provenance["archive"])), trust_remote_code=False)
-    parameters = [
-        vllm.SamplingParams(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_tokens=provenance["max_new_tokens"],
-            seed=stream_seed(provenance["seed"], "vllm", *key) % (1 << 31),
-            skip_special_tokens=False,
-        )
-        for key in keys
-    ]
-    answers = llm.generate([{"prompt_token_ids": p.tolist()} for p in prompts], parameters)
-    return [
-        sampling.Sample(np.asarray(a.outputs[0].token_ids, np.int32), a.outputs[0].finish_reason == "stop")
-        for a in answers
-    ]
+    llm = vllm.LLM(str(archives.find(run.model.archive)), trust_remote_code=False)
+
+    def draw(
+        prompts: Sequence[np.ndarray], limits: Sequence[int], keys: Sequence[tuple]
+    ) -> list[sampling.Sample]:
+        parameters = [
+            vllm.SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=limit,
+                seed=stream_seed(run.config.seed, "vllm", *key) % (1 << 31),
+                skip_special_tokens=False,
+            )
+            for key, limit in zip(keys, limits, strict=True)
+        ]
+        answers = llm.generate([{"prompt_token_ids": p.tolist()} for p in prompts], parameters)
+        found = [a.outputs[0] for a in answers]
+        return [sampling.Sample(np.asarray(o.token_ids, np.int32), o.finish_reason == "stop") for o in found]
+
+    return draw
 
 
-def record(
-    example: Example, tokenizer: Any, drawn: Sequence[sampling.Sample] | None, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One JSONL row: the labelled pair as it was, the auxiliary pairs, where they come from."""
-    row: dict[str, Any] = {
-        "uid": example.uid,
-        "prompt": example.prompt,
-        "chosen": example.response("chosen"),
-        "rejected": example.response("rejected"),
-        "group": example.group,
-        "weight": example.weight,
-        **{k: v for k, v in example.scalars.items()},
-    }
-    if drawn is not None:
-        texts = [as_response(example, tokenizer.decode(s.ids, skip_special_tokens=True)) for s in drawn]
-        row["aux_responses"] = [[a, b] for a, b in zip(texts[::2], texts[1::2], strict=True)]
-        row["aux_finished"] = [[a.finished, b.finished] for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
-        row["aux_from"] = {
-            k: provenance[k] for k in ("model", "weights", "seed", "temperature", "top_p", "max_new_tokens")
-        }
-    return row
+def advise_truncation(run: Run) -> None:
+    """The files are read as datasets=[local], whose rule of truncation may differ from that of the source."""
+    used = {assembly.tokenization(run, spec).truncation for spec in run.datasets}
+    if used != {"keep_start"} and run.config.truncation is None:
+        log.info("train on these files with truncation=%s, as here", ", ".join(sorted(used)))
 
 
-def as_response(example: Example, text: str) -> Any:
-    """A sampled text in the form of the row's own responses."""
-    return text if isinstance(example.response("chosen"), str) else [{"role": "assistant", "content": text}]
+def check_laws(run: Run, settings: Settings, split: str, scorer: Any, tokenizer: Any) -> None:
+    """Compare labelled and drawn responses of DIR/<split>.jsonl; the result goes to DIR/two_sample-<split>.json."""
+    labelled = jsonl.read(Path(settings.out) / f"{split}.jsonl")
+    found = two_sample.compare(
+        [one.example for one in labelled], tokenizer, tokenization(run), scorer, settings.check
+    )
+    path = Path(settings.out) / f"two_sample-{split}.json"
+    write_atomic(path, json.dumps(found.to_dict(), indent=1) + "\n")
+    found.log(split)
 
 
 if __name__ == "__main__":
