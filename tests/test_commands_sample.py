@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import kstwobign, ks_2samp
+from scipy.stats import ks_2samp, kstwobign
 
 import assembly
 from commands import rows as jsonl
