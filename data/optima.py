@@ -14,8 +14,8 @@ with q what the loss makes of the label probability. Known solutions, with which
 The group-robust objective min_s max_g L_g(s) (Ramesh et al. 2024, arXiv 2405.20304, eq. 6) is min t with L_g(s) <= t; its
 multipliers are the group weights at the saddle point.
 
-G groups, X prompts, N responses. Scores have mean zero for every prompt. Smooth losses: Newton, and a log barrier for the
-saddle point, whose duality gap is returned. Hinge: linear programs; their minimisers need not be unique.
+G groups, X prompts, N responses. Scores have mean zero for every prompt. Smooth losses: Newton, for the saddle point on the
+dual, whose gap is returned. Hinge: linear programs; their minimisers need not be unique.
 """
 
 from __future__ import annotations
@@ -127,37 +127,32 @@ def _dense(blocks: np.ndarray) -> np.ndarray:
 
 
 def _newton(
-    start: np.ndarray, evaluate: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]], what: str
+    start: np.ndarray, evaluate: Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray]]
 ) -> np.ndarray:
-    """Minimise a convex function by damped Newton steps; ``evaluate`` gives value (inf outside), gradient, Hessian."""
-    z = start
+    """Minimise a convex function by damped Newton steps; ``evaluate`` gives value (inf outside), gradient, Hessian.
+
+    Raises UserError where the minimum is not attained.
+    """
+    z, polished = start, 0
     value, gradient, hessian = evaluate(z)
     for _ in range(200):
         step = np.linalg.solve(hessian, -gradient)
         decrement = -float(gradient @ step)
-        if decrement < 1e-22 * max(1.0, abs(value)):
-            return z
+        floor = decrement < 1e-13 * max(
+            1.0, abs(value)
+        )  # where rounding hides progress whole steps are taken
         size = 1.0
-        while True:
-            found = evaluate(z + size * step)
-            # at the rounding floor of the value the whole step is taken
-            if found[0] <= value - 0.1 * size * decrement or decrement < 1e-13 * max(1.0, abs(value)):
-                break
+        found = evaluate(z + step)
+        while not (found[0] <= value - 0.1 * size * decrement or (floor and np.isfinite(found[0]))):
             size /= 2
-            if size < 1e-12:
-                return z
-        if not np.isfinite(found[0]):
-            return z
+            found = evaluate(z + size * step)
         z, (value, gradient, hessian) = z + size * step, found
+        polished += floor
+        if polished == 3:
+            return z
         if np.abs(z).max() > 1e6:
             break
-    raise UserError(
-        f"{what}: there is no finite optimum: some labels are certain after the loss's label correction"
-    )
-
-
-def _centred(scores: np.ndarray) -> np.ndarray:
-    return scores - scores.mean(-1, keepdims=True)
+    raise UserError("there is no finite optimum: some labels are certain after the loss's label correction")
 
 
 # ---------------------------------------------------------------------------------------------- optima
@@ -168,58 +163,67 @@ def optimum(world: World, objective: Objective, weights: np.ndarray | None = Non
 
     Raises UserError where no finite minimiser exists.
     """
-    g, x, n = world.rewards.shape
     w = world.sizes if weights is None else np.asarray(weights, dtype=np.float64) / np.sum(weights)
     if objective.loss == "hinge":
         return _hinge(world, objective, w)
-    pin = _dense(np.ones((x, n, n)))  # the constant of each prompt, which no margin sees
+    scores = _minimise(world, objective, w, np.zeros(world.sampler.shape))
+    losses = group_losses(world, objective, scores)
+    return Optimum(scores, losses, w, float(w @ (losses + objective.adjustment(len(w)))), 0.0)
+
+
+def _minimise(world: World, objective: Objective, w: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """(X, N) the minimiser of a smooth objective."""
+    pin = np.ones((start.shape[1], start.shape[1]))
 
     def evaluate(z: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        losses, gradient, hessian = _derivatives(world, objective, z.reshape(x, n))
-        curved = np.tensordot(w, hessian, 1)
-        return float(w @ losses), np.tensordot(w, gradient, 1).ravel(), _dense(curved) + pin
+        losses, gradient, hessian = _derivatives(world, objective, z.reshape(start.shape))
+        # the constant of each prompt, which no margin sees, is pinned
+        curved = _dense(np.tensordot(w, hessian, 1) + pin)
+        return float(w @ losses), np.tensordot(w, gradient, 1).ravel(), curved
 
-    scores = _centred(_newton(np.zeros(x * n), evaluate, "optimum").reshape(x, n))
-    losses = group_losses(world, objective, scores)
-    return Optimum(scores, losses, w, float(w @ (losses + objective.adjustment(g))), 0.0)
+    z = _newton(start.ravel(), evaluate).reshape(start.shape)
+    return z - z.mean(-1, keepdims=True)
 
 
 def minimax_optimum(world: World, objective: Objective) -> Optimum:
-    """The saddle point of min over policies, max over group weights, of sum_g weights_g (L_g + adj_g)."""
-    g, x, n = world.rewards.shape
+    """The saddle point of min over policies, max over group weights a, of sum_g a_g (L_g + adj_g).
+
+    Maximises the concave dual D(a) = min_s sum_g a_g (L_g(s) + adj_g), whose gradient is L + adj at the minimiser and whose
+    Hessian is -J H^-1 J' (J: gradients of the L_g, H: Hessian of their weighted sum), with a vanishing barrier mu sum log a.
+    """
+    groups, (x, n) = len(world.groups), world.sampler.shape
     if objective.loss == "hinge":
         return _hinge(world, objective, None)
-    adj = objective.adjustment(g)
-    pin = np.pad(_dense(np.ones((x, n, n))), (0, 1))
-    start = optimum(world, objective, np.ones(g))
-    z = np.append(start.scores.ravel(), (start.losses + adj).max() + 1.0)
-    for tau in 10.0 ** np.arange(0, 9.5, 0.5):
+    adj = objective.adjustment(groups)
+    if groups == 1:
+        return optimum(world, objective)
+    # orthonormal directions in which the weights' sum stays one
+    basis = np.linalg.svd(np.ones((1, groups)))[2][1:].T
+    scores = np.zeros((x, n))
+    alpha = np.full(groups, 1 / groups)
 
-        def evaluate(z: np.ndarray, tau: float = tau) -> tuple[float, np.ndarray, np.ndarray]:
-            """tau t - sum_g log(t - L_g - adj_g), in (s, t)."""
-            losses, gradient, hessian = _derivatives(world, objective, z[:-1].reshape(x, n))
-            room = z[-1] - losses - adj
-            if room.min() <= 0:
-                return np.inf, z, pin
-            inner = np.column_stack(
-                [-gradient.reshape(g, -1), np.ones(g)]
-            )  # (G, X N + 1) gradient of the room
-            curved = np.pad(_dense(np.tensordot(1 / room, hessian, 1)), (0, 1)) + pin
-            slope = -(inner / room[:, None]).sum(0)
-            slope[-1] += tau
-            return (
-                float(tau * z[-1] - np.log(room).sum()),
-                slope,
-                curved + (inner / room[:, None] ** 2).T @ inner,
-            )
+    for mu in 10.0 ** -np.arange(1, 12):
 
-        z = _newton(z, evaluate, "minimax optimum")
-    scores = _centred(z[:-1].reshape(x, n))
+        def evaluate(
+            z: np.ndarray, mu: float = mu, middle: np.ndarray = alpha, start: np.ndarray = scores
+        ) -> tuple[float, np.ndarray, np.ndarray]:
+            a = middle + basis @ z
+            if a.min() <= 0:
+                return np.inf, z, np.eye(len(z))
+            s = _minimise(world, objective, a, start)
+            losses, gradient, hessian = _derivatives(world, objective, s)
+            j = gradient.reshape(groups, -1)
+            h = _dense(np.tensordot(a, hessian, 1) + np.ones((n, n)))
+            curved = j @ np.linalg.solve(h, j.T) + np.diag(mu / a**2)
+            slope = -(losses + adj) - mu / a
+            value = -float(a @ (losses + adj)) - mu * float(np.log(a).sum())
+            return value, basis.T @ slope, basis.T @ curved @ basis
+
+        alpha = alpha + basis @ _newton(np.zeros(groups - 1), evaluate)
+        scores = _minimise(world, objective, alpha, scores)
     losses = group_losses(world, objective, scores)
-    alpha = 1 / (z[-1] - losses - adj)
-    alpha /= alpha.sum()
     value = float((losses + adj).max())
-    return Optimum(scores, losses, alpha, value, value - optimum(world, objective, alpha).value)
+    return Optimum(scores, losses, alpha, value, value - float(alpha @ (losses + adj)))
 
 
 def _hinge(world: World, objective: Objective, weights: np.ndarray | None) -> Optimum:
@@ -253,7 +257,8 @@ def _hinge(world: World, objective: Objective, weights: np.ndarray | None) -> Op
         both = np.vstack([margins.toarray(), per_group])
         found = linprog(cost, both, np.concatenate([-np.ones(count), -adj]), bounds=bounds)
         weights = -found.ineqlin.marginals[count:]
-    scores = _centred(found.x[: x * n].reshape(x, n))
+    scores = found.x[: x * n].reshape(x, n)
+    scores = scores - scores.mean(-1, keepdims=True)
     losses = group_losses(world, objective, scores)
     value = float((losses + adj).max() if robust else weights @ (losses + adj))
     return Optimum(scores, losses, weights, value, 0.0)
