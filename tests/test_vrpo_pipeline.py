@@ -1,0 +1,135 @@
+"""The whole way, as a user goes it: SFT on both responses, samples, a reward model, preferences, VRPO in one and two stages."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import assembly
+from commands import annotate, sample
+from data.schema import Batch
+from engine import models, reference
+from engine.parallel import World
+from engine.scoring import Scorer
+from losses.vrpo import VarianceReduced
+from tests.vrpo_tools import local, run_of, trained
+
+ROLES = ("chosen", "rejected", "aux_1", "aux_2")
+VRPO = ("loss=vrpo", "loss.beta=0.1")
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory) -> Path:
+    """24 rows with M = 2 auxiliary pairs, annotated by a reward model; the SFT model is the reference."""
+    folder = tmp_path_factory.mktemp("way")
+    sft = trained(folder, "sft", "loss=sft", "loss.sft_on=all", "lr=0.01", "n_epochs=2")
+    archive = f"model.archive={sft}"
+    sample.run(run_of(folder, archive), sample.Settings(out=str(folder / "s"), num_pairs=2, max_new_tokens=8))
+    scorer = trained(folder, "rm", "loss=reward", archive, "lr=0.01", data=local(folder / "s"))
+    how = annotate.Settings(data=str(folder / "s"), out=str(folder / "a"), model=scorer)
+    annotate.run(run_of(folder), how)
+    return folder
+
+
+def archive_of(way: Path) -> str:
+    return f"model.archive={way}/runs/sft/LATEST"
+
+
+def metrics_of(way: Path, name: str, kind: str = "train") -> list[dict]:
+    lines = (way / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def test_one_stage_starts_at_log_2_and_evaluates_as_dpo(way):
+    trained(way, "vrpo", *VRPO, archive_of(way), "lr=0.01", data=local(way / "a"))
+    steps, evaluations = metrics_of(way, "vrpo"), metrics_of(way, "vrpo", "eval")
+    assert steps[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[0]["train/vrpo/plain"] == 0 and "train/vrpo/variance_removed" not in steps[0]
+    assert all(math.isfinite(s["train/vrpo/variance_removed"]) for s in steps[1:])
+    found = next(e for e in evaluations if e["split"] == "test")
+    assert found["test/vrpo/plain"] == 1 and "test/vrpo/g" not in found
+    trained(
+        way, "dpo", "loss=dpo", "loss.beta=0.1", archive_of(way), "eval_only_once=true", data=local(way / "a")
+    )
+    plain = next(e for e in metrics_of(way, "dpo", "eval") if e["split"] == "test")
+    assert found["test/loss"] == plain["test/loss"]  # the same rows and the same model: comparable numbers
+
+
+def test_lam_zero_is_dpo_step_by_step(way):
+    words = (archive_of(way), "lr=0.01")
+    trained(way, "lam0", *VRPO, "loss.lam=0", *words, data=local(way / "a"))
+    trained(way, "plain", "loss=dpo", "loss.beta=0.1", *words, data=local(way / "a"))
+    a, b = ([s["train/loss"] for s in metrics_of(way, name)] for name in ("lam0", "plain"))
+    assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_two_stages_and_the_group_robust_weighting_run_to_the_end(way):
+    two = trained(way, "vr_reward", "loss=vrpo_reward", archive_of(way), "lr=0.01", data=local(way / "a"))
+    first, *_, last = metrics_of(way, "vr_reward")
+    assert first["train/loss"] == pytest.approx(math.log(2), rel=0.1) and last["train/vrpo/plain"] == 0
+    results = json.loads((Path(two).parent / "results.json").read_text())
+    assert {row["group"] for row in results["splits"]["test"]["table"]} >= {"all", "north"}
+    trained(way, "gr", *VRPO, "weighting=group_robust", archive_of(way), data=local(way / "a"))
+    assert any("train/weights/north" in s for s in metrics_of(way, "gr"))
+
+
+def scored_rows(way: Path):
+    run = run_of(way, *VRPO, archive_of(way), data=local(way / "a"))
+    tokenizer = models.load_tokenizer(run.model)
+    data = assembly.load_data(run, tokenizer)
+    model = models.build_reference(run.model, archive=run.model.archive, device="cpu", tokenizer=tokenizer)
+    return run, data.rows["train"], model
+
+
+def test_cached_and_live_reference_log_probs_agree_for_all_responses(way, tmp_path):
+    _, rows, model = scored_rows(way)
+    live = reference.LiveReference(Scorer(model))
+    cache = reference.CachedReference(
+        tmp_path,
+        weights=models.weights_hash(model),
+        kernel=reference.kernel_id(live.scorer),
+        dtype=torch.float64,
+        device="cpu",
+        scorer_factory=lambda: live,
+    )
+    cache.fill(rows, ROLES, world=World(0, 1, torch.device("cpu"), "none"))
+    batch = Batch.collate(rows[:7])
+    now, kept = live(batch, ROLES), cache(batch, ROLES)
+    assert now.roles == kept.roles and len(now.roles) == 7 * 6
+    torch.testing.assert_close(kept.logps, now.logps, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_cost_of_two_plus_2m_responses(way, layout):
+    """Tokens that pass through the model's body: the prompt once, or once per response."""
+    _, rows, model = scored_rows(way)
+    scorer, seen = Scorer(model, layout=layout), []
+    handle = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    scorer(Batch.collate(rows[:1]), ROLES)
+    handle.remove()
+    prompt, responses = len(rows[0].prompt), sum(map(len, rows[0].responses))
+    assert len(rows[0].responses) == 6 and prompt > 50
+    if layout == "shared_prefix":
+        assert sum(seen) <= prompt + responses
+    else:
+        assert sum(seen) >= 6 * prompt
+
+
+def test_the_loss_is_the_same_in_both_layouts_and_with_both_references(way):
+    run, rows, model = scored_rows(way)
+    policy = models.build_policy(run.model, archive=f"{way}/runs/sft/LATEST", seed=0, device="cpu")
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.sin(torch.arange(p.numel(), dtype=p.dtype)).view_as(p))
+    loss, batch, found = VarianceReduced(0.1), Batch.collate(rows[:5]), []
+    for layout in ("shared_prefix", "padded"):
+        scored = [Scorer(m, layout=layout)(batch, ROLES) for m in (policy, model)]
+        found.append(loss(*scored, batch).losses)
+    assert found[0].std() > 1e-3
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
