@@ -139,7 +139,8 @@ class Batch:
             example=torch.tensor([i for i, row in enumerate(rows) for _ in row.responses], dtype=torch.long),
             roles=tuple(role for row in rows for role in row.roles),
             scalars={
-                n: torch.tensor([row.scalars.get(n, nan) for row in rows], dtype=torch.float32) for n in scalar_names
+                n: torch.tensor([row.scalars.get(n, nan) for row in rows], dtype=torch.float32)
+                for n in scalar_names
             },
             response_scalars={
                 n: torch.tensor(
