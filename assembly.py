@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +17,15 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from config.compose import NOT_IDENTITY, Run
+from config.compose import NOT_IDENTITY, Run, recorded
 from data.files import ReadSettings
 from data.names import dataset_module
 from data.passport import passport
 from data.plan import Plan
 from data.schema import Example, Row
-from engine import checkpoint, models, parallel, reference, results, rundir, scoring
+from engine import checkpoint, models, parallel, preferences, reference, results, rundir, scoring
 from engine.evaluation import Evaluator
+from engine.fresh_pairs import FreshPairs, FunctionPreference
 from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
 from engine.parallel import World
@@ -220,6 +223,7 @@ class _Session:
         self.run_, self.run_dir, self.world, self.stack = run, run_dir, world, stack
         self.started = time.time()
         self.reference_weights: str | None = None
+        self.preference_weights: str | None = None
         self.trainer: Trainer | None = None
 
     def enter(self) -> dict[str, Any] | None:
@@ -332,7 +336,8 @@ class _Session:
             return reference.LiveReference(self.reference_scorer)
 
         passes = 0 if config.eval_only_once else self.plan.num_examples / len(self.data.rows["train"])
-        if config.reference == "live" or (config.reference == "auto" and passes < 1):
+        # fresh pairs are not known before they are drawn
+        if config.reference == "live" or config.fresh_pairs.num_pairs or (config.reference == "auto" and passes < 1):
             return live()
         self.reference_weights = resumed["reference_weights"] if resumed else self._weights_hash(scorer.model)
         cache = reference.CachedReference(
@@ -350,6 +355,57 @@ class _Session:
             )
         scorer.train()
         return cache
+
+    def build_fresh_pairs(self, scorer: scoring.Scorer) -> FreshPairs | None:
+        """What draws and scores auxiliary pairs at every epoch, if the run wants that."""
+        how, config = self.config.fresh_pairs, self.config
+        if not how.num_pairs or config.eval_only_once:
+            return None
+        if how.scorer == "function":
+            examples = {example.uid: example for example in self.data.examples["train"]}
+            preference = FunctionPreference(how.function, examples, self.tokenizer)
+        else:
+            preference, self.preference_weights = self.load_preference(how.scorer, how.model)
+
+        @contextlib.contextmanager
+        def frozen() -> Iterator[torch.nn.Module]:
+            if models.is_peft(scorer.model) and self.loss.needs.output == "logps":
+                with reference.adapter_off(scorer.model):
+                    yield scorer.model
+            else:
+                yield self.reference_scorer.model
+
+        return FreshPairs(
+            reference=frozen,
+            tokenizer=self.tokenizer,
+            preference=preference,
+            num_pairs=how.num_pairs,
+            temperature=how.temperature,
+            max_length=config.max_length,
+            max_new_tokens=how.max_new_tokens,
+            batch_size=how.batch_size,
+            seed=config.seed,
+        )
+
+    def load_preference(self, scorer: str, archive: str) -> tuple[preferences.ModelPreference, str]:
+        """The reward or general preference model of a run, and the hash of its weights."""
+        found = recorded(archive)
+        if found is None or found[0].needs.output != preferences.OUTPUTS[scorer]:
+            raise UserError(f"fresh_pairs.model={archive}: is no run trained with loss={scorer}")
+        loss, spec = found
+        if models.load_tokenizer(spec).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"fresh_pairs.model={archive}: has another tokenizer than the policy; use commands.sample and commands.annotate"
+            )
+        return preferences.load(
+            spec,
+            archive,
+            loss.needs,
+            tau=loss.tau if scorer == "gpm" else None,
+            device=self.world.device,
+            tokenizer=self.tokenizer,
+            layout=self.config.scoring.layout,
+        )
 
     def _weights_hash(self, model: torch.nn.Module) -> str:
         if models.is_peft(model):
@@ -394,9 +450,20 @@ class _Session:
         summary = self.summary(trainer, status)
         merge = config.checkpoint.merge_lora and models.is_peft(self.model) and status != "evaluated"
         world.on_main(lambda: self.report(summary, merge))
+        if config.wandb.artifact and status != "evaluated":
+            self.upload(trainer.parts.metrics)
         return Outcome(summary["metric"])
 
+    def upload(self, metrics: MetricsLog) -> None:
+        """The final model's files to W&B, merged if that was done; not the optimizer's state."""
+        merged = self.run_dir / "merged"
+        folder = merged if merged.is_dir() else (self.run_dir / "LATEST").resolve()
+        files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != checkpoint.MANIFEST]
+        metrics.artifact(files, re.sub(r"[^\w.-]", "-", self.config.exp_name))
+
     def report(self, summary: Mapping[str, Any], merge: bool) -> None:
+        rows = map(json.loads, (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        write_atomic(self.run_dir / "results.csv", results.to_csv(results.evaluation_rows(rows)))
         write_atomic(self.run_dir / "results.json", json.dumps(summary, indent=1) + "\n")
         sys.stdout.write(f"\n{results.render(summary, self.run_dir)}")
         if merge:
@@ -476,6 +543,7 @@ class _Session:
                 read_model=self.read_model,
                 facts=facts,
                 extra_state={"reference_weights": self.reference_weights},
+                fresh_pairs=self.build_fresh_pairs(scorer),
             ),
             self.data.groups,
         )
@@ -516,6 +584,7 @@ class _Session:
             "threads": torch.get_num_threads(),
             "device": str(self.world.device.type),
             "versions": versions(),
+            "preferences": self.preference_weights,
             "git": git_facts(ROOT),
         }
 
@@ -527,6 +596,7 @@ class _Session:
 
     def build_metrics(self, state: Mapping[str, Any] | None, examples: int) -> MetricsLog:
         config, run = self.config, self.run_
+        shown = dict(run.plain)
         if self.world.is_main:
             rundir.truncate(
                 self.run_dir, examples=examples, metrics_offset=state["metrics"]["offset"] if state else 0
@@ -536,6 +606,7 @@ class _Session:
             )
             made |= {"config_hash": run.config_hash, "config_hash_no_seed": run.config_hash_no_seed}
             rundir.write_facts(self.run_dir, run.plain, made, examples=examples)
+            shown["provenance"] = json.loads((self.run_dir / "provenance.json").read_text(encoding="utf-8"))
         w = config.wandb
         return MetricsLog(
             self.run_dir,
@@ -546,9 +617,9 @@ class _Session:
                 tags=tuple(w.tags),
                 legacy_names=w.legacy_names,
             ),
-            config=run.plain,
+            config=shown,
             identity={
-                "name": config.exp_name,
+                "name": self.name,
                 "group": run.config_hash_no_seed[:12],
                 "job_type": run.plain["loss"]["name"],
             },
@@ -558,6 +629,12 @@ class _Session:
             examples=examples,
             active=self.world.is_main,
         )
+
+    @property
+    def name(self) -> str:
+        """On W&B; a multirun's jobs share exp_name, their directories differ."""
+        config = self.config
+        return os.path.relpath(config.run_dir, config.run_root) if config.multirun_keys else config.exp_name
 
     def build_evaluator(self, ref: Callable | None, log_samples: Callable) -> Evaluator:
         config, sampler = self.config, None

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from config.compose import Run, prepare, resolve
-from utils import UserError, rank, setup_logging
+from utils import UserError, log, rank, setup_logging
 
 ROOT = Path(__file__).resolve().parent
 
@@ -47,9 +47,25 @@ def task(cfg: DictConfig) -> float | None:
     setup_logging()  # again: Hydra has reset logging
     try:
         return job(cfg)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again by main
+    except (Exception, SystemExit) as error:  # main raises one of them again
         failures.append(error)
+        if tell(error):
+            raise
         return None
+
+
+def tell(error: BaseException) -> bool:
+    """In a multirun, which job failed: the others go on, and main tells of one only. True where a launcher runs this job
+    in another process than main's (Slurm), which has to be told."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    facts = HydraConfig.get()
+    if facts.mode is not RunMode.MULTIRUN:
+        return False
+    words = " ".join(facts.overrides.task)
+    log.error("job %s failed (%s): %s", facts.job.num, words, str(error) or type(error).__name__)
+    return not facts.launcher["_target_"].endswith("BasicLauncher")
 
 
 def job(cfg: DictConfig) -> float | None:

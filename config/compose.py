@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from config.aliases import split_flags, translate
 from config.build import MISSING, build, load_class
 from config.schema import Config, DataConfig
-from utils import UserError, content_hash, did_you_mean
+from utils import UserError, content_hash, did_you_mean, log
 
 CONFIG_DIR = Path(__file__).resolve().parent
 GROUPS = ("model", "loss", "weighting", "stopping", "trainer", "experiment")
@@ -83,7 +83,7 @@ def prepare(argv: list[str]) -> list[str]:
     flags, overrides = split_flags(argv)
     overrides = translate(overrides)
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides([_quoted(word) for word in overrides])
     except HydraException as error:
         raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
     words, swept = [], []
@@ -109,6 +109,12 @@ def prepare(argv: list[str]) -> list[str]:
     if swept:
         words.append(f"++multirun_keys=[{','.join(swept)}]")
     return flags + words
+
+
+def _quoted(word: str) -> str:
+    """Paths of a multirun's jobs hold "=", which Hydra wants in quotes: model.archive=runs/two/loss=ipo/seed=0/LATEST."""
+    key, _, value = word.partition("=")
+    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"[]{}(),\\") else word
 
 
 def _choices(override: Any) -> list[Any]:
@@ -150,8 +156,8 @@ def resolve(cfg: DictConfig) -> Run:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from error
-    plain.pop("experiment", None)
     _name_multirun(plain)
+    plain.pop("experiment", None)
     problems: list[str] = []
 
     def attempt(make, *args):
@@ -190,8 +196,26 @@ def _name_multirun(plain: dict[str, Any]) -> None:
         if isinstance(value, Mapping):
             value = value.get("name")
         names.append(f"{key}={value}")
+    if {"experiment", "loss", "weighting", "trainer", "stopping"} & set(keys):
+        for group in ("weighting", "stopping"):
+            _leave_out_foreign(plain, group)
     if names:
         plain["run_dir"] = "/".join([str(plain["run_dir"]), *(n.replace("/", "_") for n in names)])
+
+
+def _leave_out_foreign(plain: dict[str, Any], group: str) -> None:
+    """In a multirun over methods, ``weighting.step_size=0.1`` is for the jobs whose weighting has such a key."""
+    part = plain.get(group)
+    if not isinstance(part, dict):
+        return
+    keys = {
+        name: set(yaml.safe_load((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8")))
+        for name in options(group)
+    }
+    mine = keys.get(str(part.get("name")), set())
+    others = set().union(*keys.values()) - mine
+    for key in [k for k in part if k in others]:
+        log.info("%s.%s=%s: not for %s=%s", group, key, part.pop(key), group, part["name"])
 
 
 def _part(group: str, values: Any, packages: tuple[str, ...]) -> Any:
@@ -206,9 +230,17 @@ def _part(group: str, values: Any, packages: tuple[str, ...]) -> Any:
     return build(cls, values, f"{group}.")
 
 
-def recorded_loss(values: Any) -> Any:
-    """The loss of a run's config.yaml."""
-    return _part("loss", values, ("losses",))
+def recorded(archive: str) -> tuple[Any, Any] | None:
+    """(loss, ModelSpec) that the run which ``archive`` belongs to was configured with; None if it is no run of ours."""
+    from engine import archives
+
+    found = archives.find(archive)
+    for folder in (found, *found.parents[:1]):
+        path = folder / "config.yaml"
+        if path.is_file():
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return _part("loss", values["loss"], ("losses",)), _model(values["model"])
+    return None
 
 
 def _model(values: Any) -> Any:
@@ -283,6 +315,11 @@ def _cross_check(run: Run) -> None:
         )
     if not needs.trains and not config.eval_only_once:
         raise UserError(f"loss={loss} only evaluates: add eval_only_once=true")
+    if config.fresh_pairs.num_pairs and "aux_1" not in needs.optional_roles:
+        raise UserError(
+            f"fresh_pairs.num_pairs={config.fresh_pairs.num_pairs}: loss={loss} has no auxiliary pairs; use loss=vrpo or "
+            "loss=vrpo_reward"
+        )
     if config.data.mix_weights is not None:
         unknown = [k for k in config.data.mix_weights if k not in config.datasets]
         missing = [k for k in config.datasets if k not in config.data.mix_weights]
@@ -292,4 +329,14 @@ def _cross_check(run: Run) -> None:
             )
 
 
-__all__ = ["CONFIG_DIR", "MISSING", "DatasetSpec", "Run", "compose", "options", "prepare", "recorded_loss", "resolve"]
+__all__ = [
+    "CONFIG_DIR",
+    "MISSING",
+    "DatasetSpec",
+    "Run",
+    "compose",
+    "options",
+    "prepare",
+    "recorded",
+    "resolve",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ def summarize(
     """Records -> metrics: means overall and per group, worst and mean over groups, 95 % intervals of reward accuracy.
 
     Losses count an example's weight (divided by the number of examples, or of response tokens for unit="token").
-    The interval is Wilson's where every prompt occurs once, and a cluster bootstrap by prompt where prompts repeat.
+    The interval is Wilson's where every prompt occurs once, and a cluster bootstrap by prompt where prompts repeat (Wilson's
+    over prompts where all examples agree).
     """
     out: dict[str, float] = {}
     present = [g for g in groups if any(r["group"] == g for r in records)]
@@ -197,8 +198,18 @@ def _accuracy_intervals(
 
 def accuracy_interval(records: Sequence[Mapping[str, Any]]) -> stats.Interval:
     """95 % interval of the reward accuracy of ``records`` (ties count 1/2)."""
-    wins = np.array([r["rewards/accuracies"] for r in records])
-    prompts = [r["prompt_key"] for r in records]
-    if len(set(prompts)) == len(prompts):
-        return stats.wilson(float(wins.sum()), len(wins))
-    return stats.cluster_bootstrap(wins, prompts, seed=0)
+    return share_interval([r["rewards/accuracies"] for r in records], [r["prompt_key"] for r in records])
+
+
+def share_interval(wins: Sequence[float], prompts: Sequence[str]) -> stats.Interval:
+    """95 % interval of the mean of ``wins`` in [0, 1], one prompt's taken together."""
+    values = np.asarray(wins, np.float64)
+    num_prompts = len(set(prompts))
+    if num_prompts == len(prompts):
+        return stats.wilson(float(values.sum()), len(values))
+    if (
+        values == values[0]
+    ).all():  # all right, all wrong or all tied: every resample says the same, with no width
+        found = stats.wilson(float(values[0]) * num_prompts, num_prompts)
+        return replace(found, estimate=float(values[0]))
+    return stats.cluster_bootstrap(values, prompts, seed=0)

@@ -35,18 +35,22 @@ OLDER_COUNTERS = {"step": "counters/updates", "examples": "counters/examples"}
 OLDER_SAMPLES = {"policy": "policy_samples", "reference": "reference_samples"}
 
 
+def parts(name: str) -> tuple[str, str, str, str]:
+    """(split, metric, group, bound), empty where there is none: ``eval/rewards/accuracies/group_a/b/ci_low`` ->
+    ``("eval", "rewards/accuracies", "group_a/b", "ci_low")``."""
+    words = name.split("/")
+    split = words.pop(0) if words[0] in SPLITS else ""
+    bound = words.pop() if words and words[-1] in BOUNDS else ""
+    for i, word in enumerate(words):
+        # a group's name may itself hold "/", or the word loss
+        if i > 0 and (word.startswith("group_") or word in ("worst_group", "mean_group")):
+            return split, "/".join(words[:i]), "/".join(words[i:]), bound
+    return split, "/".join(words), "", bound
+
+
 def base(name: str) -> str:
     """The metric without split, group and bound: ``eval/rewards/accuracies/group_a/b`` -> ``rewards/accuracies``."""
-    parts = name.split("/")
-    if parts[0] in SPLITS:
-        parts = parts[1:]
-    if parts and parts[-1] in BOUNDS:
-        parts = parts[:-1]
-    for i, part in enumerate(parts):
-        # a group's name may itself hold "/", or the word loss
-        if i > 0 and (part.startswith("group_") or part in ("worst_group", "mean_group")):
-            return "/".join(parts[:i])
-    return "/".join(parts)
+    return parts(name)[1]
 
 
 def direction(name: str) -> str | None:

@@ -155,10 +155,10 @@ class MetricsLog:
                 chosen = [row for row in rows if row["model"] == model][: self._table_rows]
                 self._mirror.table(OLDER_SAMPLES.get(model, f"{model}_samples"), chosen, examples)
 
-    def artifact(self, folder: Path, name: str) -> None:
-        """Upload a folder (a model) to W&B, where there is one."""
+    def artifact(self, files: Sequence[Path], name: str) -> None:
+        """Upload files (a model) to W&B, where there is one. ``close`` then waits for them, up to an hour."""
         if self._mirror is not None:
-            self._mirror.artifact(Path(folder), name)
+            self._mirror.artifact(files, name)
 
     def _update_best(self, values: Mapping[str, float], examples: int) -> dict[str, float]:
         """Best value so far, and at how many examples, of every metric with a direction; bounds of intervals aside."""
@@ -226,6 +226,7 @@ class Mirror:
     costs the training nothing but a warning. Whatever the client raises ends the mirror, never the run."""
 
     TEARDOWN_S = 5.0  # for the client to give up a connection that hangs
+    UPLOAD_S = 3600  # for a model to be uploaded, where one is
     QUEUE = 20_000  # rows to hold while the server answers; beyond that rows are dropped and counted
 
     def __init__(
@@ -250,6 +251,7 @@ class Mirror:
         }
         self._dropped = 0
         self._exit_code = 0
+        self._uploads = 0
         self._dead = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(mode,), name="wandb-mirror", daemon=True)
         self._thread.start()
@@ -272,14 +274,18 @@ class Mirror:
 
         self._put(send)
 
-    def artifact(self, folder: Path, name: str) -> None:
+    def artifact(self, files: Sequence[Path], name: str) -> None:
         def send(run: Any) -> None:
             import wandb
 
             artifact = wandb.Artifact(name, type="model")
-            artifact.add_dir(str(folder))
-            run.log_artifact(artifact)
+            for path in files:
+                artifact.add_file(str(path))
+            logged = run.log_artifact(artifact)
+            if not run.offline:  # the client's finish_timeout is meant for rows, not for models
+                logged.wait(self.UPLOAD_S)
 
+        self._uploads += 1
         self._put(send)
 
     def close(self, exit_code: int) -> None:
@@ -288,7 +294,8 @@ class Mirror:
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=1.0)
         settings = self._settings
-        self._thread.join(2 * settings.init_timeout + self.TEARDOWN_S + settings.finish_timeout)
+        patience = 2 * settings.init_timeout + self.TEARDOWN_S + settings.finish_timeout
+        self._thread.join(patience + self._uploads * self.UPLOAD_S)
         if self._thread.is_alive():
             self._dead.set()
             log.warning("W&B did not finish in time; metrics.jsonl is complete")

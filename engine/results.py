@@ -1,19 +1,23 @@
-"""The final tables of a run: results.json and what is printed at the end."""
+"""The tables of a run: results.csv, results.json and what is printed at the end."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.evaluation import Evaluation, accuracy_interval
+from engine.metric_names import parts
 
 ARTIFACTS = (
     "config.yaml",
     "passport.json",
     "metrics.jsonl",
     "results.json",
+    "results.csv",
     "records",
     "samples",
     "figures",
@@ -56,3 +60,45 @@ def render(results: Mapping[str, Any], run_dir: Path) -> str:
     lines += ["", f"run directory: {run_dir}"]
     lines += [f"  {run_dir / name}" for name in ARTIFACTS if (run_dir / name).exists()]
     return "\n".join(lines) + "\n"
+
+
+COLUMNS = ("step", "examples", "split", "group", "metric", "value", "ci_low", "ci_high", "n")
+COUNTS = ("num_examples", "group_counts")  # of metrics.jsonl: the column n here
+
+
+def evaluation_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Evaluations of metrics.jsonl (rows with kind "eval") -> one row per step, split, group and metric (``COLUMNS``).
+
+    group  "all", a group's name, "mean_group" or "worst_group"
+    n      examples behind the value; "" for the two aggregates, as are bounds where there is no interval
+    """
+    return [line for row in rows if row["kind"] == "eval" for line in _evaluation_rows(row)]
+
+
+def _evaluation_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    made: dict[tuple[str, str], dict[str, Any]] = {}
+    counts: dict[str, int] = {}
+    for name, value in row.items():
+        split, metric, group, bound = parts(name)
+        group = group.removeprefix("group_") or "all"
+        if not split or not isinstance(value, int | float):
+            continue
+        if metric in COUNTS:
+            counts[group] = int(value)
+            continue
+        line = made.setdefault((metric, group), dict.fromkeys(COLUMNS, ""))
+        line[bound or "value"] = value
+    place = {"step": row["step"], "examples": row["examples"], "split": row["split"]}
+    return [
+        line | place | {"group": group, "metric": metric, "n": counts.get(group, "")}
+        for (metric, group), line in made.items()
+    ]
+
+
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """The rows as CSV; numbers are written so that they are read back bit-equal."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

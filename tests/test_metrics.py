@@ -84,7 +84,7 @@ def test_other_ranks_touch_nothing(tmp_path):
     metrics = open_log(tmp_path, active=False)
     metrics.write("train", step=1, examples=8, values={"a": 1.0})
     metrics.samples(8, [{"model": "policy"}])
-    metrics.artifact(tmp_path, "x")
+    metrics.artifact([tmp_path], "x")
     assert metrics.state_dict()["offset"] == 0
     metrics.close()
     assert list(tmp_path.iterdir()) == []
@@ -296,13 +296,18 @@ def test_the_mode_never_needs_an_answer(tmp_path, monkeypatch, logged):
 
 class FakeArtifact:
     def __init__(self, name: str, type: str) -> None:
-        self.name, self.type = name, type
+        self.name, self.type, self.files = name, type, []
 
-    def add_dir(self, folder: str) -> None:
-        self.folder = folder
+    def add_file(self, path: str) -> None:
+        self.files.append(path)
+
+    def wait(self, timeout: float) -> None:
+        assert timeout > 600
 
 
 class FakeRun:
+    offline = False
+
     def __init__(self, client: FakeClient) -> None:
         self.client, self.summary = client, {}
 
@@ -314,8 +319,9 @@ class FakeRun:
         if self.client.fault == "log":
             raise RuntimeError("server says no\nsecond line")
 
-    def log_artifact(self, artifact: FakeArtifact) -> None:
-        self.client.calls.append(("artifact", artifact.name, artifact.type, artifact.folder))
+    def log_artifact(self, artifact: FakeArtifact) -> FakeArtifact:
+        self.client.calls.append(("artifact", artifact.name, artifact.type, artifact.files))
+        return artifact
 
     def finish(self, exit_code: int) -> None:
         self.client.calls.append(("finish", exit_code))
@@ -419,9 +425,11 @@ def test_without_the_client_the_run_goes_on_after_one_warning(tmp_path, monkeypa
 def test_a_model_can_be_uploaded(tmp_path, client):
     fake = client()
     metrics = open_log(tmp_path, WandbSettings())
-    metrics.artifact(tmp_path / "model", "run-model")
+    metrics.artifact([tmp_path / "model", tmp_path / "config"], "run-model")
     metrics.close(exit_code=3)
-    assert fake.of("artifact") == [("artifact", "run-model", "model", str(tmp_path / "model"))]
+    assert fake.of("artifact") == [
+        ("artifact", "run-model", "model", [str(tmp_path / "model"), str(tmp_path / "config")])
+    ]
     assert fake.of("finish") == [("finish", 3)]
 
 
