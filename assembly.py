@@ -60,11 +60,11 @@ def load_examples(run: Run) -> dict[str, list[list[Example]]]:
     common = {
         "on_bad_row": run.config.data.on_bad_row,
         "max_bad_fraction": run.config.data.max_bad_fraction,
-        "rejected_path": str(Path(run.config.run_dir) / "rejected.jsonl"),
     }
     for spec in run.datasets:
         settings = spec.settings
         if isinstance(settings, ReadSettings):
+            common["rejected_path"] = str(Path(run.config.run_dir) / f"rejected-{spec.name}.jsonl")
             settings = replace(settings, **{k: v for k, v in common.items() if getattr(settings, k) is None})
         for split, examples in dataset_module(spec.source).load(spec.name, settings, run.config.seed).items():
             found.setdefault(split, [[] for _ in run.datasets])[run.datasets.index(spec)] = examples
@@ -393,18 +393,9 @@ class _Session:
         if found is None or found[0].needs.output != preferences.OUTPUTS[scorer]:
             raise UserError(f"fresh_pairs.model={archive}: is no run trained with loss={scorer}")
         loss, spec = found
-        if models.load_tokenizer(spec).get_vocab() != self.tokenizer.get_vocab():
-            raise UserError(
-                f"fresh_pairs.model={archive}: has another tokenizer than the policy; use commands.sample and commands.annotate"
-            )
+        tau, layout = (loss.tau if scorer == "gpm" else None), self.config.scoring.layout
         return preferences.load(
-            spec,
-            archive,
-            loss.needs,
-            tau=loss.tau if scorer == "gpm" else None,
-            device=self.world.device,
-            tokenizer=self.tokenizer,
-            layout=self.config.scoring.layout,
+            spec, archive, loss.needs, tau=tau, device=self.world.device, tokenizer=self.tokenizer, layout=layout
         )
 
     def _weights_hash(self, model: torch.nn.Module) -> str:
@@ -515,6 +506,7 @@ class _Session:
         steps = self.plan.num_steps
         warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
         schedule = Schedule(config.lr, warmup, steps, config.lr_schedule)
+        fresh_pairs = self.build_fresh_pairs(scorer)
         facts = self.facts()
         if found is not None:
             self.report_resume(found, facts)
@@ -543,7 +535,7 @@ class _Session:
                 read_model=self.read_model,
                 facts=facts,
                 extra_state={"reference_weights": self.reference_weights},
-                fresh_pairs=self.build_fresh_pairs(scorer),
+                fresh_pairs=fresh_pairs,
             ),
             self.data.groups,
         )

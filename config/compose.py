@@ -297,7 +297,10 @@ def _datasets(plain: dict[str, Any]) -> tuple[DatasetSpec, ...]:
             raise UserError(
                 f"unknown key data.{name}.{k}{did_you_mean(k, values)}; keys: {', '.join(values)}"
             )
-        settings = build(importlib.import_module(f"data.{source}").Settings, merged, f"data.{name}.")
+        try:
+            settings = build(importlib.import_module(f"data.{source}").Settings, merged, f"data.{name}.")
+        except UserError as error:
+            raise UserError(str(error).replace("data.<name>.", f"data.{name}.")) from error
         plain["data"][name] = {"name": name, "source": source, **merged}
         specs.append(DatasetSpec(name, source, settings))
     return tuple(specs)

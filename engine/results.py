@@ -29,7 +29,7 @@ ARTIFACTS = (
 def final_table(done: Evaluation, groups: Sequence[str]) -> dict[str, Any]:
     """One split's last evaluation: a row for all and one per group, and every metric."""
     table = []
-    for group in ["all", *groups]:
+    for group in ["all", *(groups if len(groups) > 1 else ())]:
         records = [r for r in done.records if group in ("all", r["group"])]
         if records:
             table.append({"group": group, **group_row(records)})

@@ -27,7 +27,7 @@ OURS = (
     "provenance.json",
     "metrics.jsonl",
     "results.json",
-    "rejected.jsonl",
+    "rejected-*.jsonl",
     "spikes.jsonl",
     "passport.json",
     "merged",
