@@ -149,6 +149,17 @@ def kill(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """What torchrun would set for each rank; nothing for one."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 def start(
     run_words: Sequence[str],
     *,
@@ -169,15 +180,8 @@ def start(
 
         return main
 
-    group: dict[str, str] = {}
-    if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = []
-    for rank in range(ranks):
-        own = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+    for rank, own in enumerate(rank_environments(ranks)):
         log = run_dir.parent / f"{run_dir.name}.{rank}.log"
         log.unlink(missing_ok=True)
         children.append(Child(body(rank), log, {**own, **(env or {})}))
