@@ -154,9 +154,12 @@ def build_plan(run: Run, data: Data) -> Plan:
 # ---------------------------------------------------------------------------------------------------- models
 
 
-def build_scorer(run: Run, model: torch.nn.Module) -> scoring.Scorer:
-    s = run.config.scoring
-    scorer = scoring.Scorer(model, layout=s.layout, output=run.loss.needs.output, chunk_tokens=s.chunk_tokens)
+def build_scorer(
+    run: Run, model: torch.nn.Module, output: models.Output | None = None
+) -> scoring.Scorer:
+    """``output``: what the model's head gives; None: what the loss needs of the policy."""
+    s, output = run.config.scoring, output or run.loss.needs.output
+    scorer = scoring.Scorer(model, layout=s.layout, output=output, chunk_tokens=s.chunk_tokens)
     if scorer.fallback_reason:
         log.info("scoring.layout=%s is not possible here, using padded: %s", s.layout, scorer.fallback_reason)
     return scorer
@@ -292,7 +295,7 @@ class _Session:
             device=self._where_to_build("logps"),
             tokenizer=self.tokenizer,
         )
-        return self._spread(build_scorer(self.run_, model), "logps")
+        return self._spread(build_scorer(self.run_, model, "logps"), "logps")
 
     def _where_to_build(self, output: models.Output, dim: int | None = None) -> torch.device | str:
         """On its device; for FSDP without values where that is possible, else on the CPU."""

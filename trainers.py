@@ -58,6 +58,7 @@ class Parts:
     read_model: Callable[[Path], None]
     facts: Mapping[str, Any]  # what bit-exactness depends on, written into every checkpoint's manifest
     extra_state: Mapping[str, Any]  # constants of the run that a continuation needs
+    fresh_pairs: Callable[[Sequence[Row], int], list[Row]] | None = None  # (rows, epoch) -> rows with new auxiliary pairs
 
 
 class StepSums:
@@ -137,8 +138,8 @@ class Trainer:
         units, group_counts, num_examples = self.count(indices)  # before any forward
         sums, seen = StepSums(len(self.groups)), []
         for part, live in world.share(parts):
-            batch = Batch.collate([self.parts.rows[i] for i in part])
             with autocast(config.precision, world.device):
+                batch = self.batch(part)
                 reference = self.reference(batch, needs.reference) if needs.reference else None
                 policy = self.policy(batch, needs.policy, needs.tokens)
                 out = self.loss(policy, reference, batch)
@@ -180,6 +181,13 @@ class Trainer:
         return metrics | {f"train/{k}": v for k, v in self.weighting.metrics().items()} | {
             "grad_norm": norm, "lr": lr, **{k: float(v) for k, v in counters.items()},
         }  # fmt: skip
+
+    def batch(self, part: Sequence[int]) -> Batch:
+        """A micro-batch; with new auxiliary pairs every epoch where the run draws them."""
+        rows = [self.parts.rows[i] for i in part]
+        if self.parts.fresh_pairs is not None:
+            rows = self.parts.fresh_pairs(rows, self.parts.plan.epoch_of(self.step_count))
+        return Batch.collate(rows)
 
     def blame(self, seen: Sequence[tuple[Sequence[int], Tensor]]) -> list[str]:
         """Examples whose loss is not finite; all of the step if only the gradient is to blame."""

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 import assembly
@@ -31,15 +30,14 @@ from commands.cli import Output, entry, use_threads
 from commands.judge import Judge, JudgeSettings
 from commands.rows import Labelled
 from commands.scorers import FunctionScorer, JudgeScorer, ModelScorer, Scores
-from config.compose import Run, compose, recorded_loss
+from config.compose import Run, compose, recorded
 from config.schema import DataConfig
 from data.split import SPLITS
-from engine import archives, models, parallel, preferences
+from engine import models, parallel, preferences
 from preference_datasets import Tokenization
 from trainers import autocast
 from utils import UserError, content_hash, log, stream_seed, write_atomic
 
-LOSSES = {"reward": "reward", "gpm": "embedding"}  # scorer -> what the head of its model gives
 Scorer = Callable[[Sequence[Labelled]], list[Scores]]
 
 
@@ -66,7 +64,7 @@ class Settings:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        trained = self.scorer in LOSSES
+        trained = self.scorer in preferences.OUTPUTS
         if self.cross_fit < 0 or self.cross_fit == 1:
             raise UserError(f"annotate.cross_fit={self.cross_fit}: must be at least 2, or 0 for none")
         if self.cross_fit and not trained:
@@ -167,8 +165,8 @@ def build_scorer(run: Run, settings: Settings, out: Path) -> Any:
 
 def model_scorer(run: Run, settings: Settings) -> ModelScorer:
     """The trained model of annotate.model, with the loss that its run recorded (else this command's)."""
-    loss = loss_of(settings.model) or run.loss
-    expected = LOSSES[settings.scorer]
+    loss, _ = recorded(settings.model) or (run.loss, None)
+    expected = preferences.OUTPUTS[settings.scorer]
     if loss.needs.output != expected:
         raise UserError(
             f"annotate.scorer={settings.scorer}: needs a model whose head gives a {expected}, but {settings.model} was trained "
@@ -200,16 +198,6 @@ def model_scorer(run: Run, settings: Settings) -> ModelScorer:
         "tokens": content_hash(asdict(how))[:16],
     }
     return ModelScorer(preference, tokenizer, how, identity)
-
-
-def loss_of(archive: str) -> Any:
-    """The loss in config.yaml of the run that ``archive`` belongs to; None where there is no such file."""
-    found = archives.find(archive)
-    for folder in (found, *found.parents[:1]):
-        path = folder / "config.yaml"
-        if path.is_file():
-            return recorded_loss(yaml.safe_load(path.read_text(encoding="utf-8"))["loss"])
-    return None
 
 
 # ---------------------------------------------------------------------------------------------- cross-fitting
@@ -313,7 +301,7 @@ def fit(
     """The temperature from human labels; None: the scorer's probabilities as they are."""
     name = settings.calibrate
     if name == "auto":
-        unseen = settings.cross_fit or settings.scorer not in LOSSES
+        unseen = settings.cross_fit or settings.scorer not in preferences.OUTPUTS
         order = ("train",) if settings.cross_fit else ("validation", "train") if unseen else ("validation",)
         name = next((split for split in order if split in rows), "none")
     if name == "none":

@@ -94,7 +94,7 @@ def run(run: Run, settings: Settings) -> None:
     advise_truncation(run)
     for split in settings.splits:
         if settings.check:
-            scorer = assembly.build_scorer(run, model)
+            scorer = assembly.build_scorer(run, model, "logps")
             with autocast(config.precision, device):
                 check_laws(run, settings, split, scorer, tokenizer)
 

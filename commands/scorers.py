@@ -6,8 +6,7 @@ labelled pair (chosen first) and then every auxiliary pair; or, as text, why it 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +15,17 @@ import numpy as np
 from commands.judge import Judge, Question
 from commands.rows import Labelled
 from data.schema import Text
-from engine.preferences import ROLES, ModelPreference, pair_positions
+from engine.preferences import (
+    ROLES,
+    ModelPreference,
+    function_odds,
+    load_function,
+    log_odds,
+    pair_positions,
+)
 from preference_datasets import Counts, Tokenization, tokenize
-from utils import UserError
 
 Scores = np.ndarray | str
-EPSILON = 1e-6  # probabilities are kept this far from 0 and 1, where log-odds end
-
-
-def log_odds(p: np.ndarray) -> np.ndarray:
-    p = np.clip(p, EPSILON, 1.0 - EPSILON)
-    return np.log(p) - np.log1p(-p)
 
 
 def responses_of(one: Labelled) -> tuple[list[Text], list[tuple[int, int]]]:
@@ -68,7 +67,7 @@ class FunctionScorer:
     path: str
 
     def __post_init__(self) -> None:
-        self.function = load_function(self.path)
+        self.function = load_function(self.path, "annotate.function")
         self.identity = {"scorer": "function", "function": self.path}
 
     def __call__(self, batch: Sequence[Labelled]) -> list[Scores]:
@@ -76,37 +75,8 @@ class FunctionScorer:
 
     def _row(self, one: Labelled) -> np.ndarray:
         texts, pairs = responses_of(one)
-        found = np.asarray(self.function(one.example.prompt, texts, one.row), dtype=np.float64)
-        first, second = map(list, zip(*pairs, strict=True))
-        n = len(texts)
-        if found.shape == (n,):
-            odds = found[first] - found[second]
-        elif found.shape == (n, n):
-            forward, backward = found[first, second], found[second, first]
-            if not (((forward >= 0) & (forward <= 1)).all() and ((backward >= 0) & (backward <= 1)).all()):
-                raise UserError(
-                    f"{one.example.uid}: {self.path} gave {found.tolist()}: not probabilities in [0, 1]"
-                )
-            odds = log_odds((forward + 1.0 - backward) / 2)
-        else:
-            raise UserError(
-                f"{one.example.uid}: {self.path} gave an array of shape {found.shape}; {n} scores or a {n} x {n} matrix of "
-                f"probabilities are due, for {n} responses"
-            )
-        if not np.isfinite(odds).all():
-            raise UserError(f"{one.example.uid}: {self.path} gave {found.tolist()}: scores must be finite")
-        return odds
-
-
-def load_function(path: str) -> Callable[..., Any]:
-    """The function at ``module:function``. Raises UserError."""
-    module_name, colon, name = path.partition(":")
-    if not colon:
-        raise UserError(f"annotate.function={path}: must be module:function, e.g. commands.oracles:opinions")
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"annotate.function={path}: cannot be imported ({error})") from error
+        found = self.function(one.example.prompt, texts, one.row)
+        return function_odds(found, pairs, len(texts), f"{one.example.uid}: {self.path}")
 
 
 @dataclass

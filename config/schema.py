@@ -57,6 +57,33 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class FreshPairsConfig:
+    num_pairs: int
+    scorer: Literal["reward", "gpm", "function"]
+    model: str | None
+    function: str | None
+    temperature: float
+    max_new_tokens: int | None
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_pairs < 0:
+            raise UserError(f"fresh_pairs.num_pairs={self.num_pairs}: must be at least 1, or 0 for none")
+        if not self.temperature > 0:
+            raise UserError(f"fresh_pairs.temperature={self.temperature}: must be > 0")
+        for key in ("max_new_tokens", "batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"fresh_pairs.{key}={value}: must be at least 1")
+        key, other = ("function", "model") if self.scorer == "function" else ("model", "function")
+        if self.num_pairs and (getattr(self, key) is None or getattr(self, other) is not None):
+            raise UserError(
+                f"fresh_pairs.scorer={self.scorer}: give fresh_pairs.{key}= (and no fresh_pairs.{other}=), which says how likely "
+                "the first response of a pair is preferred"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """The typed top level. The parts (model, loss, weighting, stopping, data sets) are objects of their own classes."""
 
@@ -108,6 +135,7 @@ class Config:
     reference: Literal["auto", "live", "cached"]
     reference_cache: str
     reference_check: int
+    fresh_pairs: FreshPairsConfig
     scoring: ScoringConfig
     checkpoint: CheckpointConfig
     nonfinite: Literal["raise", "skip"]
@@ -158,6 +186,13 @@ class Config:
             yield "datasets=[]: name at least one data set, e.g. datasets=[opinions]"
         if len(set(self.datasets)) != len(self.datasets):
             yield f"datasets={self.datasets}: a name is there twice"
+        if self.fresh_pairs.num_pairs:
+            if self.microbatch_tokens is not None:
+                yield "fresh_pairs with microbatch_tokens: the lengths are not known beforehand; use gradient_accumulation_steps"
+            if self.reference == "cached":
+                yield "fresh_pairs with reference=cached: what is drawn later cannot be cached before; use reference=auto"
+            if self.trainer.parallel == "fsdp":
+                yield "fresh_pairs with a sharded model: cannot draw from slices; use trainer=DDPTrainer or BasicTrainer"
         if not self.lr > 0:
             yield f"lr={self.lr}: must be > 0"
         if self.data.mix_weights is not None and self.weighted_batches:

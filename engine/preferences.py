@@ -5,8 +5,10 @@ Both give log-odds that are antisymmetric by construction; the probability is si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +22,56 @@ from losses.types import Needs
 from utils import UserError
 
 ROLES = ("chosen", "rejected", "aux_1", "aux_2")
+OUTPUTS = {
+    "reward": "reward",
+    "gpm": "embedding",
+}  # scorer, named like its loss -> what the head of its model gives
+EPSILON = 1e-6
 
 
 def pair_positions(roles: Sequence[str]) -> list[tuple[int, int]]:
     """Positions of (chosen, rejected), then of the m-th aux_1 with the m-th aux_2."""
     where = {role: [i for i, r in enumerate(roles) if r == role] for role in ROLES}
     return [(where["chosen"][0], where["rejected"][0]), *zip(where["aux_1"], where["aux_2"], strict=True)]
+
+
+def log_odds(p: np.ndarray) -> np.ndarray:
+    """Of probabilities, which are kept EPSILON from 0 and 1, where log-odds end."""
+    p = np.clip(p, EPSILON, 1.0 - EPSILON)
+    return np.log(p) - np.log1p(-p)
+
+
+def load_function(path: str, key: str) -> Callable[..., Any]:
+    """The function at ``module:function``, a value of the setting ``key``. Raises UserError."""
+    module_name, colon, name = path.partition(":")
+    if not colon:
+        raise UserError(f"{key}={path}: must be module:function, e.g. commands.oracles:opinions")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{key}={path}: cannot be imported ({error})") from error
+
+
+def function_odds(value: Any, pairs: Sequence[tuple[int, int]], number: int, who: str) -> np.ndarray:
+    """Log-odds of ``pairs`` from what a user's function says of ``number`` responses: one score per response, or the
+    matrix of P(i preferred to j), of which both orders are averaged. UserError, beginning with ``who``, for anything else."""
+    found = np.asarray(value, dtype=np.float64)
+    first, second = map(list, zip(*pairs, strict=True))
+    if found.shape == (number,):
+        odds = found[first] - found[second]
+    elif found.shape == (number, number):
+        forward, backward = found[first, second], found[second, first]
+        if not (((forward >= 0) & (forward <= 1)).all() and ((backward >= 0) & (backward <= 1)).all()):
+            raise UserError(f"{who} gave {found.tolist()}: not probabilities in [0, 1]")
+        odds = log_odds((forward + 1.0 - backward) / 2)
+    else:
+        raise UserError(
+            f"{who} gave an array of shape {found.shape}; {number} scores or a {number} x {number} matrix of probabilities "
+            f"are due, for {number} responses"
+        )
+    if not np.isfinite(odds).all():
+        raise UserError(f"{who} gave {found.tolist()}: scores must be finite")
+    return odds
 
 
 @dataclass(frozen=True)
@@ -58,13 +104,18 @@ def load(
     *,
     tau: float | None,
     device: torch.device,
-    tokenizer: object,
+    tokenizer: Any,
     layout: LayoutName = "shared_prefix",
 ) -> tuple[ModelPreference, str]:
-    """(the trained model of ``archive``, the hash of its weights).
+    """(the trained model of ``archive``, the hash of its weights). ``tokenizer`` made the rows that it will score.
 
-    Raises UserError for an archive without a head: a language model, whose rewards would be noise.
+    Raises UserError for an archive without a head: a language model, whose rewards would be noise; and for a model of
+    another tokenizer.
     """
+    if models.load_tokenizer(spec).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{archive}: its model {spec.name} has another tokenizer than the policy; use commands.sample and commands.annotate"
+        )
     stored = archives.read(archive)
     if not any(models.HEAD in name.split(".") for name in (*stored.base, *stored.adapter)):
         raise UserError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from engine.parallel import World
 from engine.scoring import Scorer
 from losses.vrpo import VarianceReduced
 from tests.vrpo_tools import local, run_of, trained
+from utils import UserError
 
 ROLES = ("chosen", "rejected", "aux_1", "aux_2")
 VRPO = ("loss=vrpo", "loss.beta=0.1")
@@ -133,3 +136,125 @@ def test_the_loss_is_the_same_in_both_layouts_and_with_both_references(way):
         found.append(loss(*scored, batch).losses)
     assert found[0].std() > 1e-3
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- fresh pairs
+
+FRESH = (
+    *VRPO,
+    "fresh_pairs.num_pairs=2",
+    "fresh_pairs.max_new_tokens=4",
+    "n_epochs=2",
+    "lr=0.01",
+    "batch_size=8",
+)
+
+
+def fresh(way: Path, *words: str):
+    """A trainer that draws auxiliary pairs, and its session."""
+    run = run_of(way, *FRESH, archive_of(way), f"fresh_pairs.model={way}/runs/rm/LATEST", *words)
+    world = World(0, 1, torch.device("cpu"), "none")
+    session = assembly._Session(run, way / "runs" / "fresh", world, contextlib.ExitStack())
+    return session.build_fresh_pairs(session.scorer), session
+
+
+def test_every_epoch_draws_other_pairs_and_scores_them_with_the_reward_model(way):
+    draw, session = fresh(way, "fresh_pairs.temperature=2.0")
+    rows = session.data.rows["train"][:3]
+    first, again, second = (draw(rows, epoch) for epoch in (0, 0, 1))
+    alone = draw(rows[1:2], 0)[0]
+    for row, a, b, c in zip(rows, first, again, second, strict=True):
+        assert a.roles == ("chosen", "rejected", "aux_1", "aux_2", "aux_1", "aux_2")
+        assert [r.tolist() for r in a.responses[:2]] == [r.tolist() for r in row.responses[:2]]
+        assert (
+            [r.tolist() for r in a.responses]
+            == [r.tolist() for r in b.responses]
+            != [r.tolist() for r in c.responses]
+        )
+        assert all(len(r) == 4 or r[-1] == session.tokenizer.eos_token_id for r in a.responses[2:])
+    assert [r.tolist() for r in alone.responses] == [r.tolist() for r in first[1].responses]
+    scorer = draw.preference.scorer
+    values = scorer(Batch.collate(first), ROLES).values.detach().view(3, 3, 2)
+    expected = torch.sigmoid((values[..., 0] - values[..., 1]) / 2)
+    found = torch.tensor(
+        [[r.scalars["chosen_preference"], *r.response_scalars["aux_preference"][2::2]] for r in first]
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_killed_run_with_fresh_pairs_continues_bit_for_bit(way):
+    words = (
+        *FRESH,
+        archive_of(way),
+        f"fresh_pairs.model={way}/runs/rm/LATEST",
+        "save_every=8",
+        "eval_every=1000",
+    )
+    trained(way, "f1", *words)
+    run = run_of(way, *words, "exp_name=f2")
+    with pytest.raises(KeyboardInterrupt):
+        assembly.run_training(replace(run, loss=Interrupted(run.loss.beta)))
+    assembly.run_training(run)
+    one, two = ((way / "runs" / name / "LATEST" / "model.safetensors").read_bytes() for name in ("f1", "f2"))
+    assert one == two and len(metrics_of(way, "f2")) == 6
+
+
+class Interrupted(VarianceReduced):
+    """Stops the run at its third step."""
+
+    calls = 0
+
+    def __call__(self, *args):
+        if args[0].logps.requires_grad:
+            type(self).calls += 1
+        if type(self).calls == 3:
+            raise KeyboardInterrupt
+        return super().__call__(*args)
+
+
+def test_a_function_may_score_fresh_pairs_and_stale_ones_in_the_data_are_not_used(way):
+    run = run_of(
+        way, *FRESH, archive_of(way), "fresh_pairs.scorer=function", "fresh_pairs.function=tests.test_vrpo_pipeline:lengths",
+        data=local(way / "a"),
+    )  # fmt: skip
+    session = assembly._Session(run, way, World(0, 1, torch.device("cpu"), "none"), contextlib.ExitStack())
+    rows = session.data.rows["train"][:2]
+    assert len(rows[0].responses) == 6
+    decode = session.tokenizer.decode
+    for row in session.build_fresh_pairs(session.scorer)(rows, 3):
+        texts = [decode(ids, skip_special_tokens=True) for ids in row.responses]
+        preferences = [row.scalars["chosen_preference"], *row.response_scalars["aux_preference"][2::2]]
+        gaps = [len(a) - len(b) for a, b in zip(texts[::2], texts[1::2], strict=True)]
+        assert preferences == pytest.approx([1 / (1 + math.exp(-g)) for g in gaps])
+
+
+def lengths(prompt, responses, row):
+    return [len(r) for r in responses]
+
+
+def test_two_stages_may_draw_fresh_pairs_too(way):
+    words = [w for w in FRESH if not w.startswith(("loss", "n_epochs"))]
+    trained(way, "f3", "loss=vrpo_reward", *words, archive_of(way), f"fresh_pairs.model={way}/runs/rm/LATEST")
+    assert metrics_of(way, "f3")[-1]["train/vrpo/plain"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loss=dpo", "loss.beta=0.1", "fresh_pairs.model=m"], "loss=dpo has no auxiliary pairs"),
+        ([*VRPO], "give fresh_pairs.model="),
+        ([*VRPO, "fresh_pairs.scorer=function", "fresh_pairs.function=a:b", "fresh_pairs.model=m"], "no fresh_pairs.model="),
+        ([*VRPO, "fresh_pairs.model=m", "microbatch_tokens=100"], "microbatch_tokens"),
+        ([*VRPO, "fresh_pairs.model=m", "reference=cached"], "reference=cached"),
+        ([*VRPO, "fresh_pairs.model=m", "trainer=FSDPTrainer"], "sharded"),
+        ([*VRPO, "fresh_pairs.model=m", "fresh_pairs.temperature=0"], "temperature=0"),
+    ],
+)  # fmt: skip
+def test_settings_of_fresh_pairs_that_cannot_work_are_user_errors(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run_of(tmp_path, "fresh_pairs.num_pairs=1", "assert_sft_step=false", *words)
+
+
+def test_a_scorer_that_is_no_reward_model_is_refused(way):
+    with pytest.raises(UserError, match="is no run trained with loss=reward"):
+        fresh(way, f"fresh_pairs.model={way}/runs/sft/LATEST")
