@@ -16,8 +16,9 @@ Tiles are reused memory: on a CPU the first touch of a fresh temporary costs mor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,11 +142,64 @@ def _scatter(values: Tensor, index: Tensor, size: int) -> Tensor:
     return aten.embedding_dense_backward(values, index, size, -1, False)
 
 
+def _place(tile: Tile, workspace: Workspace, like: Tensor) -> Tensor:
+    """(rows, entries) memory of a tile: its own where it is kept, else the one that all others share."""
+    size = tile.shape[0] * tile.shape[1]
+    if tile.kept is None:
+        return workspace.take("scratch", size, like).view(tile.shape)
+    return workspace.take("kept", tile.kept + size, like)[tile.kept :].view(tile.shape)
+
+
+def _exponentials(
+    group: list[Tile],
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    products: _Products,
+    workspace: Workspace,
+    mean: Tensor | None,
+    kept_max: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Largest logit and sum of exponentials relative to it, each (rows,), for the rows ``h`` of one group of tiles.
+
+    Adds sum_v exp(logit - largest) W[v] to the group's rows of ``mean``, and the maximum of each kept tile to ``kept_max``.
+    """
+    rows = group[0].rows
+    like = h.new_empty(0, dtype=products.sums)
+    # the lowest finite number, not -inf: exp(-inf - -inf) would be NaN
+    top = like.new_full((len(h),), torch.finfo(like.dtype).min)
+    total = torch.zeros_like(top)
+    for tile in group:
+        z = _place(tile, workspace, like)
+        products.logits(z, h, w[tile.vocab], None if b is None else b[tile.vocab])
+        new_top = torch.maximum(top, z.amax(1))
+        z.sub_(new_top[:, None]).exp_()
+        shrink = (top - new_top).exp_()
+        total.mul_(shrink).add_(z.sum(1))
+        if mean is not None:
+            mean[rows].mul_(shrink[:, None])
+            products.into(mean[rows], z, w[tile.vocab])
+        if tile.kept is not None:
+            kept_max.append(new_top)
+        top = new_top
+    return top, total
+
+
 class _TargetLogps(torch.autograd.Function):
     """See the module's docstring; arguments as `target_logps`, plus which gradients are wanted."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, row, target, tiling, workspace, wants):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row: Tensor,
+        target: Tensor,
+        tiling: tuple[int, int],
+        workspace: Workspace,
+        wants: _Wants,
+    ) -> Tensor:
         products = _products(hidden)
         h, w = hidden.to(products.inputs), weight.to(products.inputs)
         b = None if bias is None else bias.to(products.sums)
@@ -156,36 +210,18 @@ class _TargetLogps(torch.autograd.Function):
             num_kept = 0 if num_kept < min(num, MIN_KEPT_TOKENS) else num_kept
         groups = plan(num, vocab, *tiling, num_kept)
         ctx.key = object() if num_kept else None
+        like = h.new_empty(0, dtype=products.sums)
         if num_kept:
             workspace.owner = ctx.key
-        like = h.new_empty(0, dtype=products.sums)
+            workspace.take(
+                "kept", num_kept * vocab, like
+            )  # all of it now: growing later would lose what is kept
         lse = like.new_empty(num)
         mean = like.new_zeros(num, h.shape[1]) if wants.hidden else None
         kept_max: list[Tensor] = []
-        scratch = workspace.take(
-            "scratch", max((t.shape[0] * t.shape[1] for g in groups for t in g), default=0), like
-        )
-        kept = workspace.take("kept", num_kept * vocab, like)
         for group in groups:
             rows = group[0].rows
-            # the lowest finite number, not -inf: exp(-inf - -inf) would be NaN
-            top = like.new_full((rows.stop - rows.start,), torch.finfo(like.dtype).min)
-            total = torch.zeros_like(top)
-            for tile in group:
-                z = (scratch if tile.kept is None else kept[tile.kept :])[
-                    : tile.shape[0] * tile.shape[1]
-                ].view(tile.shape)
-                products.logits(z, h[rows], w[tile.vocab], None if b is None else b[tile.vocab])
-                new_top = torch.maximum(top, z.amax(1))
-                z.sub_(new_top[:, None]).exp_()
-                shrink = (top - new_top).exp_()
-                total.mul_(shrink).add_(z.sum(1))
-                if mean is not None:
-                    mean[rows].mul_(shrink[:, None])
-                    products.into(mean[rows], z, w[tile.vocab])
-                if tile.kept is not None:
-                    kept_max.append(new_top)
-                top = new_top
+            top, total = _exponentials(group, h[rows], w, b, products, workspace, mean, kept_max)
             lse[rows] = top + total.log()
             if mean is not None:
                 mean[rows].div_(total[:, None])
@@ -208,7 +244,7 @@ class _TargetLogps(torch.autograd.Function):
         return picked - lse.index_select(0, row)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, bias, row, target, lse, mean, *kept_max = ctx.saved_tensors
         products, wants, num = ctx.products, ctx.wants, ctx.num
         w = weight.to(products.inputs)
@@ -231,27 +267,33 @@ class _TargetLogps(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-def _subtract_expected(ctx, h, w, bias, lse, row_grad, kept_max, d_weight, d_bias) -> None:  # type: ignore[no-untyped-def]
+def _subtract_expected(
+    ctx: Any,
+    h: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    row_grad: Tensor,
+    kept_max: Sequence[Tensor],
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
     """d_weight -= sum_m G_m p_m h_m^T and d_bias -= sum_m G_m p_m, tile by tile, from kept exponentials where possible."""
     products, workspace = ctx.products, ctx.workspace
     still_kept = ctx.key is not None and workspace.owner is ctx.key
     tops = iter(kept_max)
-    scratch = workspace.take(
-        "scratch", max((t.shape[0] * t.shape[1] for g in ctx.groups for t in g), default=0), lse
-    )
     for group in ctx.groups:
         rows = group[0].rows
         scaled = (h[rows] * row_grad[rows, None]).to(products.inputs)
         for tile in group:
-            size = tile.shape[0] * tile.shape[1]
             top = next(tops) if tile.kept is not None else None
-            if still_kept and tile.kept is not None:
+            if still_kept and top is not None:
                 # exponentials are relative to the tile's own maximum: the correction goes to the (narrower) hidden side
-                p = workspace.take("kept", tile.kept + size, lse)[tile.kept :].view(tile.shape)
+                p = _place(tile, workspace, lse)
                 weight_of_row = row_grad[rows] * (top - lse[rows]).exp_()
                 left = (h[rows] * weight_of_row[:, None]).to(products.inputs)
             else:
-                p = scratch[:size].view(tile.shape)
+                p = _place(replace(tile, kept=None), workspace, lse)
                 products.logits(
                     p, h[rows], w[tile.vocab], None if bias is None else bias[tile.vocab].to(p.dtype)
                 )
