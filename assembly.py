@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,7 +22,7 @@ from config.compose import NOT_IDENTITY, Run, recorded
 from data.files import ReadSettings
 from data.names import dataset_module
 from data.passport import passport
-from data.plan import Plan
+from data.plan import Plan, micro_batches
 from data.schema import Example, Row
 from engine import checkpoint, models, parallel, preferences, reference, results, rundir, scoring
 from engine.evaluation import Evaluator
@@ -30,12 +31,14 @@ from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
 from engine.parallel import World
 from engine.samples import Sampler
+from engine.selection import row_losses
 from losses.types import Loss
 from preference_datasets import Counts, Tokenization, sft_examples, tokenize
 from trainers import Parts, Trainer, autocast
 from utils import UserError, git_facts, log, versions, write_atomic
 
 ROOT = Path(__file__).resolve().parent
+HOLDOUT_TOKENS = 16384  # tokens scored together when all training rows are
 disable_progress_bar()  # of every small file that transformers writes
 
 
@@ -297,6 +300,31 @@ class _Session:
         )
         return self._spread(build_scorer(self.run_, model, "logps"), "logps")
 
+    def holdout_losses(self, tuned: str, start: str) -> np.ndarray:
+        """(N,) losses of the training rows under two fixed models, which are dropped afterwards; see engine.selection."""
+        rows, fsdp = self.data.rows["train"], self.world.mode == "fsdp"
+
+        def frozen(archive: str) -> Callable:
+            model = models.build_reference(
+                self.spec,
+                archive=archive,
+                seed=self.config.seed,
+                device="cpu" if fsdp else self.world.device,
+                tokenizer=self.tokenizer,
+            )
+            return reference.LiveReference(self._spread(build_scorer(self.run_, model), "logps"))
+
+        log.info("data_selection: losses of %d training rows under the holdout models", len(rows))
+        with autocast(self.config.precision, self.world.device):
+            return row_losses(
+                rows,
+                micro_batches(rows, np.arange(len(rows)), tokens=HOLDOUT_TOKENS),
+                world=self.world,
+                loss=self.loss,
+                policy=frozen(tuned),
+                reference=frozen(start),
+            )
+
     def _where_to_build(self, output: models.Output, dim: int | None = None) -> torch.device | str:
         """On its device; for FSDP without values where that is possible, else on the CPU."""
         if self.world.mode != "fsdp":
@@ -538,6 +566,9 @@ class _Session:
                 read_model=self.read_model,
                 facts=facts,
                 extra_state={"reference_weights": self.reference_weights},
+                selector=self.run_.data_selection.build(
+                    config.selected_batch_size, config.seed, self.holdout_losses
+                ),
                 fresh_pairs=fresh_pairs,
             ),
             self.data.groups,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from engine.guards import NonFiniteGuard, SignalFlag, SpikeGuard
 from engine.metrics import MetricsLog
 from engine.optim import Schedule, clip_gradients, optimizer_tensors
 from engine.parallel import World
+from engine.selection import Selector, row_losses
 from engine.stopping import Decision
 from losses.types import Loss, derived
 from utils import log
@@ -58,6 +60,7 @@ class Parts:
     read_model: Callable[[Path], None]
     facts: Mapping[str, Any]  # what bit-exactness depends on, written into every checkpoint's manifest
     extra_state: Mapping[str, Any]  # constants of the run that a continuation needs
+    selector: Selector | None = None  # which rows of a batch are trained on; None: all
     fresh_pairs: Callable[[Sequence[Row], int], list[Row]] | None = None  # (rows, epoch) -> rows with new auxiliary pairs
 
 
@@ -131,9 +134,13 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- one step
 
     def step(self) -> dict[str, float]:
-        """One optimizer step over ``plan.step_rows``: the same rows give the same update, however they are cut."""
+        """One optimizer step over ``plan.step_rows``, or those of them that the selector keeps: the same rows give the same
+        update, however they are cut."""
         config, world, needs = self.config, self.world, self.loss.needs
         indices = self.parts.plan.step_rows(self.step_count)
+        drawn = len(indices)
+        if self.parts.selector is not None:
+            indices = self.parts.selector(indices, self.step_count, self.losses)
         parts = self.micro_batches(indices)
         units, group_counts, num_examples = self.count(indices)  # before any forward
         sums, seen = StepSums(len(self.groups)), []
@@ -172,7 +179,7 @@ class Trainer:
             self.weighting.update(loss_sums, group_counts, num_examples)
         self.parts.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
-        self.examples += num_examples
+        self.examples += drawn
         self.logged, self.judged = [], False
         metrics["train/loss"] = float(loss_sums.sum()) / units
         metrics["train/objective"] = float(sums.sums("objective").sum()) / units
@@ -199,6 +206,18 @@ class Trainer:
             if not ok
         ]
         return self.world.gather(bad) or self.world.gather([u for uids in found for u in uids])
+
+    def losses(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) losses of rows under the current weights, without gradient and example weights."""
+        with autocast(self.config.precision, self.world.device):
+            return row_losses(
+                self.parts.rows,
+                self.micro_batches(indices),
+                world=self.world,
+                loss=self.loss,
+                policy=self.policy,
+                reference=self.reference,
+            )
 
     def micro_batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """The step's fixed cut: by count for accumulation and ranks, or by tokens."""

@@ -45,6 +45,7 @@ RETIRED = {
     "loss.normalize_loss": "it was always off",
     "use_ref": "loss=base evaluates without a reference",
     "max_train_examples": "use n_examples=",
+    "model@data_selection.model": "the selection's models have the architecture of model=",
 }
 NEUTRAL = {"null", "false", "0", "none", "~", "''", '""'}
 

@@ -21,7 +21,7 @@ from config.schema import Config, DataConfig
 from utils import UserError, content_hash, did_you_mean, log
 
 CONFIG_DIR = Path(__file__).resolve().parent
-GROUPS = ("model", "loss", "weighting", "stopping", "trainer", "experiment")
+GROUPS = ("model", "loss", "weighting", "stopping", "data_selection", "trainer", "experiment")
 # where a run is written and how it is watched: may differ between two starts of the same run
 NOT_IDENTITY = (
     "run_root", "run_dir", "exp_name", "fresh", "resume", "resume_from", "resume_allow", "audit", "wandb", "multirun_keys",
@@ -47,6 +47,7 @@ class Run:
     loss: Any
     weighting: Any
     stopping: Any
+    data_selection: Any
     model: Any
     datasets: tuple[DatasetSpec, ...]
     plain: dict[str, Any]
@@ -167,7 +168,7 @@ def resolve(cfg: DictConfig) -> Run:
             problems.append(str(error))
             return None
 
-    parts = {name: plain.get(name) for name in ("model", "loss", "weighting", "stopping")}
+    parts = {name: plain.get(name) for name in ("model", "loss", "weighting", "stopping", "data_selection")}
     top = {k: v for k, v in plain.items() if k not in parts}
     datasets = attempt(_datasets, plain) or ()
     if isinstance(top.get("data"), Mapping):
@@ -177,10 +178,11 @@ def resolve(cfg: DictConfig) -> Run:
     loss = attempt(_part, "loss", parts["loss"], ("losses",))
     weighting = attempt(_part, "weighting", parts["weighting"], ("weighting",))
     stopping = attempt(_part, "stopping", parts["stopping"], ("engine.stopping",))
+    selection = attempt(_part, "data_selection", parts["data_selection"], ("engine.selection",))
     model = attempt(_model, parts["model"])
     if problems:
         raise UserError("\n".join(problems))
-    run = Run(config, loss, weighting, stopping, model, datasets, plain)
+    run = Run(config, loss, weighting, stopping, selection, model, datasets, plain)
     _cross_check(run)
     return run
 
@@ -322,6 +324,13 @@ def _cross_check(run: Run) -> None:
         raise UserError(
             f"fresh_pairs.num_pairs={config.fresh_pairs.num_pairs}: loss={loss} has no auxiliary pairs; use loss=vrpo or "
             "loss=vrpo_reward"
+        )
+    run.data_selection.check(run.loss)
+    selection = run.plain["data_selection"]["name"]
+    if (selection == "none") != (config.selected_batch_size is None):
+        raise UserError(
+            f"data_selection={selection} selected_batch_size={config.selected_batch_size}: give both or neither: how rows of a "
+            "batch are chosen (uniform | rho_loss_dpo) and how many are kept"
         )
     if config.data.mix_weights is not None:
         unknown = [k for k in config.data.mix_weights if k not in config.datasets]

@@ -107,6 +107,7 @@ class Config:
     sep_pairs: bool
     weighted_batches: bool
     batch_size: int
+    selected_batch_size: int | None
     eval_batch_size: int
     gradient_accumulation_steps: int
     microbatch_tokens: int | None
@@ -163,6 +164,7 @@ class Config:
             "n_epochs",
             "n_examples",
             "n_eval_examples",
+            "selected_batch_size",
             "save_every",
             "microbatch_tokens",
             "num_threads",
@@ -181,6 +183,11 @@ class Config:
             yield (
                 f"microbatch_tokens={self.microbatch_tokens} gradient_accumulation_steps={self.gradient_accumulation_steps}: "
                 "both say how a step is cut; set one"
+            )
+        if self.selected_batch_size is not None and self.selected_batch_size > self.batch_size:
+            yield (
+                f"selected_batch_size={self.selected_batch_size}: must be at most batch_size={self.batch_size}, the rows that "
+                "are selected from"
             )
         if not self.datasets:
             yield "datasets=[]: name at least one data set, e.g. datasets=[opinions]"
@@ -203,10 +210,12 @@ class Config:
         if self.microbatch_tokens is not None:
             return
         parts = self.gradient_accumulation_steps * world_size
-        if self.batch_size % parts:
-            low, high = self.batch_size // parts * parts, (self.batch_size // parts + 1) * parts
+        key = "batch_size" if self.selected_batch_size is None else "selected_batch_size"
+        size = self.selected_batch_size or self.batch_size
+        if size % parts:
+            low, high = size // parts * parts, (size // parts + 1) * parts
             near = f"{low} or {high}" if low else str(high)
             raise UserError(
-                f"batch_size={self.batch_size}: is not divisible by gradient_accumulation_steps="
+                f"{key}={size}: is not divisible by gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps} x {world_size} ranks; nearest: {near}"
             )
