@@ -1,0 +1,317 @@
+"""commands.score on tiny checkpoints: what it reports agrees with the runs' own records, and win rates with their definition."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import assembly
+from commands import score
+from commands.judge import JudgeSettings
+from commands.score import Settings
+from config.compose import compose
+from engine import stats
+from engine.evaluation import share_interval
+from utils import UserError
+
+DATA = [
+    "model=tiny-llama", "data.opinions.num_train=30", "data.opinions.num_validation=10", "data.opinions.num_test=40",
+    "max_length=72", "max_prompt_length=64",
+]  # fmt: skip
+TRAIN = [
+    "batch_size=10",
+    "n_examples=20",
+    "eval_every=20",
+    "lr=1e-2",
+    "warmup_steps=0",
+    "wandb.enabled=false",
+]
+
+
+def longer(prompt: str, responses: list[str], row: object) -> list[float]:
+    """A preference function for the tests: the more characters, the better."""
+    return [float(len(text)) for text in responses]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """sft, ipo, gr_ipo and reward: 20 examples each."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def train(name: str, *words: str) -> None:
+        run = compose(
+            [*DATA, *TRAIN, f"run_root={root}", f"reference_cache={root}/cache", f"exp_name={name}", *words]
+        )
+        assembly.run_training(run)
+
+    train("sft", "loss=sft")
+    for name, loss in (
+        ("ipo", ["loss=ipo", "loss.beta=0.5"]),
+        ("dpo", ["loss=dpo", "loss.beta=0.1"]),
+        ("reward", ["loss=reward"]),
+    ):
+        train(name, *loss, f"model.archive={root}/sft/LATEST")
+    return root
+
+
+def call(runs: Path, out: Path, *words: str, **settings):
+    """The command in this process: (scores.csv, scores.json, samples, wins)."""
+    if not any(w.startswith("model.archive=") for w in words):
+        words = (*words, f"model.archive={runs}/ipo/LATEST")
+    options = {"num_prompts": 8, **settings}
+    score.run(compose([*DATA, *words]), Settings(out=str(out), **options))
+
+    def rows(name: str) -> list[dict]:
+        path = out / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    with (out / "scores.csv").open(newline="") as handle:
+        table = list(csv.DictReader(handle))
+    return table, json.loads((out / "scores.json").read_text()), rows("samples.jsonl"), rows("wins.jsonl")
+
+
+def cell(table: list[dict], metric: str, group: str = "all", model: str = "policy") -> dict:
+    (row,) = [r for r in table if (r["model"], r["metric"], r["group"]) == (model, metric, group)]
+    return row
+
+
+# ------------------------------------------------------------------------------------------------ labelled pairs
+
+
+def test_scores_are_those_of_the_run_itself(runs, tmp_path, capsys):
+    table, document, samples, _ = call(runs, tmp_path, num_prompts=0)
+    recorded = json.loads((runs / "ipo" / "results.json").read_text())["splits"]["test"]
+    for metric, row in (
+        ("rewards/accuracies", "all"),
+        ("logps/chosen", "all"),
+        ("loss", "north"),
+        ("rewards/margins", "plain"),
+    ):
+        name = f"test/{metric}" + ("" if row == "all" else f"/group_{row}")
+        assert float(cell(table, metric, row)["value"]) == pytest.approx(recorded["metrics"][name], abs=1e-9)
+    worst = cell(table, "rewards/accuracies", "worst_group")
+    assert float(worst["ci_low"]) == recorded["metrics"]["test/rewards/accuracies/worst_group/ci_low"]
+    assert {(r["step"], r["examples"], r["split"]) for r in table} == {("2", "20", "test")}
+    assert document["archives"]["reference"] == f"{runs}/sft/LATEST"  # what the run started from
+    assert document["provenance"]["git"]["commit"] and document["loss"].startswith("IPO")
+    assert samples == [] and "rewards/accuracies" in capsys.readouterr().out
+
+
+def test_every_number_but_aggregates_has_an_interval(runs, tmp_path):
+    table, *_ = call(runs, tmp_path, num_prompts=0)
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "policy" / "records" / "test-20.jsonl").read_text().splitlines()
+    ]
+    mine = [r for r in records if r["group"] == "south"]
+    expected = stats.cluster_mean([r["rewards/margins"] for r in mine], [r["prompt_key"] for r in mine])
+    row = cell(table, "rewards/margins", "south")
+    assert [float(row[c]) for c in ("value", "ci_low", "ci_high")] == [
+        expected.estimate,
+        expected.low,
+        expected.high,
+    ]
+    assert all(r["ci_low"] for r in table if r["group"] not in ("mean_group", "worst_group"))
+
+
+def test_another_reference_changes_the_rewards(runs, tmp_path):
+    table, *_ = call(runs, tmp_path, num_prompts=0, reference=f"{runs}/ipo/LATEST")
+    assert (
+        float(cell(table, "rewards/margins")["value"]) == 0
+        and float(cell(table, "rewards/accuracies")["value"]) == 0.5
+    )
+
+
+def test_a_reward_model_has_accuracies_and_no_responses(runs, tmp_path):
+    table, _, samples, _ = call(runs, tmp_path, f"model.archive={runs}/reward/LATEST")
+    recorded = json.loads((runs / "reward" / "results.json").read_text())["splits"]["test"]["metrics"]
+    assert float(cell(table, "rewards/accuracies")["value"]) == recorded["test/rewards/accuracies"]
+    assert samples == []
+
+
+def test_an_sft_run_is_scored_with_dpo_against_itself_untrained(runs, tmp_path):
+    table, document, *_ = call(runs, tmp_path, f"model.archive={runs}/sft/LATEST", num_prompts=0, beta=0.5)
+    assert document["loss"].startswith("DPO") and document["archives"]["reference"] is None
+    assert cell(table, "policy_accuracies")["n"] == "40"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"splits": ("train",), "num_prompts": 0, "function": "a:b"}, "score.num_prompts=0"),
+        ({"num_samples": 0}, "score.num_samples=0"),
+        ({"splits": ()}, "score.splits"),
+    ],
+)
+def test_mistakes_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        Settings(out="x", **settings)
+
+
+def test_a_language_model_is_no_reward_model(runs, tmp_path):
+    with pytest.raises(UserError, match=r"score\.reward_model=.*has no reward head"):
+        call(runs, tmp_path, reward_model=f"{runs}/sft/LATEST")
+
+
+# ------------------------------------------------------------------------------------------------ responses, win rates
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """Two checkpoints, the reference and the data, by a function and by a reward model."""
+    out = tmp_path_factory.mktemp("compared")
+    return (*call(
+        runs, out, num_samples=2, versus=("reference", "chosen"), against=f"{runs}/dpo/LATEST",
+        function="tests.test_score:longer", reward_model=f"{runs}/reward/LATEST",
+    ), out)  # fmt: skip
+
+
+def test_responses_stand_side_by_side(compared):
+    _, _, samples, *_ = compared
+    assert len(samples) == 16 and Counter(s["sample"] for s in samples) == {0: 8, 1: 8}
+    assert len({s["prompt_key"] for s in samples}) == 8
+    for s in samples:
+        assert {"uid", "group", "prompt", "chosen", "policy", "against", "reference"} <= set(s)
+    # drawn independently: a model's two responses differ, and so do two models' responses with one number
+    assert sum(s["policy"] == s["reference"] for s in samples) < 4
+    pairs = list(zip(samples[::2], samples[1::2], strict=True))
+    assert sum(a["policy"] == b["policy"] for a, b in pairs) < 4
+
+
+def test_win_rates_are_means_over_prompts_of_who_is_better(compared):
+    table, _, samples, wins, _ = compared
+    for model, other in (
+        ("policy", "reference"),
+        ("policy", "chosen"),
+        ("against", "reference"),
+        ("policy", "against"),
+    ):
+        mine = [w for w in wins if (w["by"], w["first"], w["second"]) == ("function", model, other)]
+        sign = [np.sign(len(s[model]) - len(s[other])) for s in samples]
+        assert [w["win"] for w in mine] == [(x + 1) / 2 for x in sign]
+        row = cell(table, f"function/vs_{other}/win_rate", model=model)
+        expected = share_interval([w["win"] for w in mine], [s["prompt_key"] for s in samples])
+        assert [float(row[c]) for c in ("value", "ci_low", "ci_high")] == [
+            expected.estimate,
+            expected.low,
+            expected.high,
+        ]
+        assert row["n"] == "8"  # prompts, not responses
+    assert any(w["by"] == "reward_model" and 0 < w["p"] < 1 and w["win"] in (0, 1) for w in wins)
+
+
+def test_two_checkpoints_are_compared_on_the_same_examples(compared):
+    _, document, _, wins, out = compared
+    with (out / "differences.csv").open(newline="") as handle:
+        rows = {(r["metric"], r["group"]): r for r in csv.DictReader(handle)}
+    records = [
+        {
+            r["uid"]: r
+            for r in map(json.loads, (out / name / "records" / "test-20.jsonl").read_text().splitlines())
+        }
+        for name in ("policy", "against")
+    ]
+    keys = list(records[0])
+    expected = stats.paired_difference(
+        *([part[k]["logps/chosen"] for k in keys] for part in records),
+        [records[0][k]["prompt_key"] for k in keys],
+    )
+    found = rows["logps/chosen", "all"]
+    assert [float(found[c]) for c in ("difference", "ci_low", "ci_high")] == [
+        expected.estimate,
+        expected.low,
+        expected.high,
+    ]
+    won = {
+        m: [w["win"] for w in wins if (w["by"], w["first"], w["second"]) == ("function", m, "reference")]
+        for m in ("policy", "against")
+    }
+    found = rows["function/vs_reference/win_rate", "all"]
+    assert float(found["difference"]) == pytest.approx(np.mean(won["policy"]) - np.mean(won["against"]))
+    assert len(document["differences"]) == len(rows)
+    assert ("rewards/accuracies", "north") in rows and ("reference_accuracies", "all") not in rows
+
+
+def test_a_checkpoint_does_not_differ_from_itself(runs, tmp_path):
+    table, document, *_ = call(runs, tmp_path, against=f"{runs}/ipo/LATEST", reference=f"{runs}/ipo/LATEST")
+    scored = [d for d in document["differences"] if "/vs_" not in d["metric"]]
+    assert scored and all(d["difference"] == d["ci_low"] == d["ci_high"] == 0 for d in scored if d["n"] > 1)
+    assert float(cell(table, "samples/kl_to_reference")["value"]) == 0.0
+
+
+def test_the_divergence_is_the_mean_log_ratio_of_own_responses(compared):
+    table, _, samples, *_ = compared
+    row = cell(table, "samples/kl_to_reference", model="against")
+    ratios = [s["against_log_ratio"] for s in samples]
+    assert float(row["value"]) == pytest.approx(np.mean(ratios)) and any(ratios)
+
+
+# ------------------------------------------------------------------------------------------------ a judge
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A judge: the longer response wins, "always A" if biased; the first request of all fails, one answer is unreadable."""
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.asked += 1
+            first = server.asked == 1
+        if first:
+            self.send_error(503)
+            return
+        text = body["messages"][1]["content"]
+        a, b = (text.split(f"Response {x}:\n")[1].split("\n\n")[0] for x in "AB")
+        verdict = "A" if server.biased or len(a) > len(b) else "B" if len(a) < len(b) else "tie"
+        content = json.dumps({"choices": [{"message": {"content": f"Well. [[{verdict}]]"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    made.lock, made.asked, made.biased = threading.Lock(), 0, False
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+def judge(server) -> JudgeSettings:
+    return JudgeSettings(url=f"http://127.0.0.1:{server.server_port}/v1", model="judge", workers=2, retries=2)
+
+
+def test_a_judge_is_asked_in_both_orders_and_only_once(runs, tmp_path, server, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    table, _, samples, wins = call(runs, tmp_path / "a", judge=judge(server), versus=("chosen",))
+    differ = [s for s in samples if s["policy"] != s["chosen"]]
+    assert server.asked == 2 * len(differ) + 1  # and the one that failed
+    assert all(w["win"] in (0, 0.5, 1) for w in wins) and len(wins) == 8
+    assert float(cell(table, "judge/vs_chosen/win_rate")["value"]) == np.mean([w["win"] for w in wins])
+    assert float(cell(table, "judge/vs_chosen/orders_agree")["value"]) == 1.0
+    call(runs, tmp_path / "a", judge=judge(server), versus=("chosen",))
+    assert server.asked == 2 * len(differ) + 1
+
+
+def test_a_judge_that_prefers_the_first_place_decides_nothing(runs, tmp_path, server, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    server.biased = True
+    table, *_ = call(runs, tmp_path, judge=judge(server))
+    assert float(cell(table, "judge/vs_reference/win_rate")["value"]) == 0.5
+    assert float(cell(table, "judge/vs_reference/orders_agree")["value"]) == 0.0
