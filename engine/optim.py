@@ -75,7 +75,7 @@ def build_optimizer(
     if not trained:
         raise UserError("no parameter of the model is trained; check model.lora and what is frozen")
     chooses = any(arguments.get(key) for key in ("foreach", "capturable", "differentiable"))
-    if "fused" in accepted and "fused" not in arguments and not chooses and _fusable(trained):
+    if "fused" in accepted and "fused" not in arguments and not chooses and _fusable(name, trained):
         arguments["fused"] = True
     try:
         return cls(trained, lr=lr, **arguments)
@@ -83,7 +83,10 @@ def build_optimizer(
         raise UserError(f"optimizer={name} lr={lr} {arguments}: {error}") from error
 
 
-def _fusable(params: Sequence[Tensor]) -> bool:
+def _fusable(name: str, params: Sequence[Tensor]) -> bool:
+    sharded = any(hasattr(p, "full_tensor") for p in params)
+    if sharded and name not in ("Adam", "AdamW"):  # torch 2.13 shards no other fused kernel
+        return False
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
 
 
