@@ -8,7 +8,7 @@ if [ "${1:-}" = --slow ]; then
     slow='not gpu'
     shift
 fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest -q -m "$slow" "$@"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "$slow" "$@"
