@@ -64,10 +64,3 @@ def squashed_cauchy_sample(
 ) -> np.ndarray:
     """tanh of Cauchy draws, clamped to +-limit so that the density stays finite."""
     return np.clip(np.tanh(LOCATION + SCALE * rng.standard_cauchy(shape)), -limit, limit)
-
-
-def squashed_cauchy_logp(actions: np.ndarray) -> np.ndarray:
-    """(..., d) actions inside (-1, 1) -> (...,) nats: sum over dimensions, with the Jacobian of tanh."""
-    x = np.arctanh(actions)
-    density = -np.log(np.pi * SCALE * (1 + ((x - LOCATION) / SCALE) ** 2))
-    return (density - np.log1p(-np.square(actions))).sum(-1)

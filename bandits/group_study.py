@@ -150,19 +150,19 @@ class GroupStudy:
                 for i, arm in enumerate(a for a in self.arms if a.loss == loss):
                     found = curves[name, arm]
                     values = found.metrics["val_loss/worst_group"].numpy()
-                    figures.band(ax, found.steps, values, arm.label, **figures.look(i))
+                    figures.band(ax, found.steps, values, f"{arm.weighting} weights", **figures.look(i))
                 ax.set(
                     title=name.replace("_", ", "),
                     xlabel="iteration",
                     ylabel=f"worst val. {loss.upper()} loss",
                 )
-                ax.legend()
             ends = np.stack(
                 [curves[name, a].metrics["reward_error/worst_group"][-1].numpy() for a in self.arms]
             )
             figures.bars(row[2], [a.label for a in self.arms], {"": ends})
             row[2].set(title=name.replace("_", ", "), ylabel="worst reward error")
             row[2].tick_params(axis="x", rotation=40)
+        figures.legend_above(figure, max(axes[0, :2], key=lambda ax: len(ax.lines)), 3)
         return figure
 
     def _weights(self, curves: dict[tuple[str, GroupArm], GroupCurves]):

@@ -47,13 +47,3 @@ def normalise(logits: np.ndarray) -> np.ndarray:
     """Softmax over the last axis."""
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
-
-
-def entropy(p: np.ndarray) -> np.ndarray:
-    """Nats."""
-    return -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
-
-
-def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats, 0 log 0 = 0."""
-    return (p * (np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(p > 0, q, 1.0)))).sum(-1)

@@ -170,7 +170,8 @@ class VRPOStudy:
             for ax, metric in zip(axes[0], ("n_mse", "regret"), strict=True):
                 values = np.stack([report.cells[e.label, metric] for e in members])
                 half = figures.half_width(values)
-                ax.errorbar(x, values.mean(1), half, fmt="o", color=line["color"], label=f"g: {kind}")
+                beside = np.array(x) + 0.07 * i  # else intervals hide each other
+                ax.errorbar(beside, values.mean(1), half, fmt="o", color=line["color"], label=f"g: {kind}")
             exact = [self.exact(tabular.BEDS[self.bed](), e).total for e in members]
             axes[0, 0].plot(x, exact, color=line["color"], linewidth=0.9)
         plain = self._plain()
@@ -252,7 +253,7 @@ class VRPOStudy:
                 label="simulated",
             )
             limits = [report.cells.get((label, f"exact_bias_{f}"), np.zeros(1))[0] for label in labels]
-            ax.plot(x, limits, "x", color=figures.COLOURS[1], label="exact limit")
+            ax.plot(x, limits, "x", markersize=7, color=figures.COLOURS[1], label="exact limit")
             ax.axhline(0, color="#888888", linewidth=0.6)
             ax.set_xticks(x, labels, rotation=50, ha="right", rotation_mode="anchor")
             ax.set(ylabel=f"bias of theta_{f}")

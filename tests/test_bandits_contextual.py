@@ -8,8 +8,10 @@ import torch
 
 from bandits import contextual, oracles
 from bandits.adapter import Pattern
+from bandits.continuous import ContinuousBandit
 from bandits.methods import Arm, RunningMoments, select
 from bandits.policies import sample_categorical
+from bandits.worlds import ContextualBandit, WarmStart, generators
 from losses.pairwise import IPO
 from losses.policy import RewardWeighted
 from utils import UserError
@@ -25,7 +27,7 @@ def test_the_data_policy_has_the_probabilities_of_the_binned_squashed_cauchy():
     assert MU[60:81].sum() == pytest.approx(0.0457, abs=5e-5) and MU[10:31].sum() == pytest.approx(
         0.4542, abs=5e-5
     )
-    assert oracles.entropy(MU) == pytest.approx(4.11735, abs=1e-5)
+    assert -(MU * np.log(MU)).sum() == pytest.approx(4.11735, abs=1e-5)
 
 
 def test_the_data_policy_is_the_histogram_of_its_own_samples():
@@ -36,11 +38,62 @@ def test_the_data_policy_is_the_histogram_of_its_own_samples():
 
 
 def test_the_squashed_cauchy_density_integrates_to_its_bins():
-    edges = np.linspace(-1, 1, 101)
+    world, edges = ContinuousBandit(2, [0], dims=1, num_eval=1), np.linspace(-1, 1, 101)
     for k in (16, 20, 50):
-        at = np.linspace(edges[k], edges[k + 1], 2001)
-        density = np.exp(contextual.squashed_cauchy_logp(at[:, None]))
-        assert np.trapezoid(density, at) == pytest.approx(MU[k], rel=1e-5)
+        at = torch.linspace(edges[k], edges[k + 1], 2001, dtype=torch.float64)
+        density = world.data_log_density(at[:, None]).exp()
+        assert float(torch.trapezoid(density, at)) == pytest.approx(MU[k], rel=1e-5)
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "cauchy"])
+def test_the_continuous_policy_is_a_density_and_a_cauchy_one_can_be_the_data_policy(latent):
+    world = ContinuousBandit(2, [0], dims=1, latent=latent, num_eval=3)
+    params = {name: p.double() for name, p in world.network.init(generators([0], "x")).items()}
+    params["b3"] = torch.tensor([[-0.7, np.log(0.4)]], dtype=torch.float64)  # location and log-scale
+    params["w3"] = torch.zeros_like(params["w3"])
+    contexts = world.eval_prompts.double()
+    # substitute a = tanh(u): the density of the action times da/du integrates to one over u
+    u = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    actions = torch.tanh(u)
+    density = world.log_density(params, contexts, actions.expand(1, 3, -1).unsqueeze(-1)).exp() * (
+        1 - actions**2
+    )
+    mass = 1.0 if latent == "gaussian" else float(np.arctan(8.7 / 0.4) + np.arctan(7.3 / 0.4)) / np.pi
+    assert torch.trapezoid(density, u)[0].numpy() == pytest.approx([mass] * 3, abs=1e-4)
+    if latent == "cauchy":
+        inside = torch.linspace(-0.98, 0.98, 50, dtype=torch.float64).expand(1, 3, -1).unsqueeze(-1)
+        assert torch.allclose(world.log_density(params, contexts, inside), world.data_log_density(inside))
+
+
+def test_continuous_imitation_lowers_the_divergence_and_samples_match_the_density():
+    world = ContinuousBandit(3, [0, 1], dims=1, latent="cauchy", warm=WarmStart(60), num_eval=20)
+    start = world.network.init(generators([0, 1], "bandit/init"))
+    prompts = world.draw_prompts(5)
+    params = world.warm_start(prompts)
+    before, after = (world.evaluate(x)["kl_reference_policy"] for x in (start, params))
+    assert (after < 0.2 * before).all()
+    drawn = world.sample(params, prompts, 4000)[0, 0, :, 0]
+    location, scale = (x[0, 0, 0, 0] for x in world.location_scale(params, prompts))
+    below = (drawn < torch.tanh(location + scale)).double().mean()
+    assert float(below) == pytest.approx(
+        0.75, abs=0.04
+    )  # a Cauchy variable lies below location + scale three times in four
+
+
+def test_exact_metrics_of_the_contextual_bandit_equal_sums_over_actions():
+    world = ContextualBandit(4, [0], WarmStart(3), num_eval=3)
+    params = world.warm_start(world.draw_prompts(2))
+    params["b3"] += torch.from_numpy(np.random.default_rng(0).normal(0, 1, (1, 100))).float()
+    measured, table = world.evaluate(params), contextual.reward_table(4)
+    p = world.action_logps(params, world.eval_prompts)[0].double().exp().numpy()
+    expected = {
+        "reward": [sum(q[a] * table[a] for a in range(100)) for q in p],
+        "entropy": [-sum(x * np.log(x) for x in q) for q in p],
+        "kl_policy_reference": [sum(q[a] * np.log(q[a] / MU[a]) for a in range(100)) for q in p],
+        "kl_reference_policy": [sum(MU[a] * np.log(MU[a] / q[a]) for a in range(100)) for q in p],
+    }
+    for name, values in expected.items():
+        assert float(measured[name]) == pytest.approx(np.mean(values), rel=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -138,9 +191,3 @@ def test_the_rwr_fixed_point_is_stationary_and_compounds_over_rounds():
     assert logits.grad.abs().max() < 1e-12
     again = oracles.rwr_fixed_point(oracles.rwr_fixed_point(fixed, table, tau), table, tau)
     assert again == pytest.approx(oracles.rwr_fixed_point(MU, table, tau, rounds=3))
-
-
-def test_kl_is_zero_on_itself_and_finite_where_the_first_argument_has_no_mass():
-    p = np.array([0.5, 0.5, 0.0])
-    q = np.array([0.25, 0.5, 0.25])
-    assert oracles.kl(p, p) == pytest.approx(0) and oracles.kl(p, q) == pytest.approx(0.5 * np.log(2))
