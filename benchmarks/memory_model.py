@@ -103,7 +103,7 @@ def check() -> dict[str, tuple[float, float]]:
     for recompute in (False, True):
         model = LlamaForCausalLM(config).train()
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(model.parameters())
         ids = torch.arange(512).remainder(264).view(4, 128)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
