@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import assembly
 from commands import score
@@ -315,3 +319,40 @@ def test_a_judge_that_prefers_the_first_place_decides_nothing(runs, tmp_path, se
     table, *_ = call(runs, tmp_path, judge=judge(server))
     assert float(cell(table, "judge/vs_reference/win_rate")["value"]) == 0.5
     assert float(cell(table, "judge/vs_reference/orders_agree")["value"]) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------ lm-evaluation-harness
+
+
+def lm_eval(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
+    """scripts/run_lm_eval.sh with what ``tmp_path`` holds in front of the installed packages."""
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    return subprocess.run(
+        ["sh", "scripts/run_lm_eval.sh", *words],
+        cwd=assembly.ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_harness_is_asked_about_the_runs_model_with_its_own_bos_rule(runs, tmp_path):
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").touch()
+    (tmp_path / "lm_eval" / "__main__.py").write_text("import sys; print(' '.join(sys.argv[1:]))")
+    done = lm_eval(tmp_path, f"{runs}/ipo", "--tasks", "piqa", "--limit", "2")
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(runs / "ipo" / "LATEST")
+    bos = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+    assert f"pretrained={runs}/ipo/LATEST,add_bos_token={bos}" in done.stdout
+    assert "--tasks piqa --limit 2" in done.stdout and "hellaswag" not in done.stdout
+    assert "reward model" in lm_eval(tmp_path, f"{runs}/reward").stderr
+
+
+def test_without_the_harness_the_script_says_how_to_get_it(runs, tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError")
+    done = lm_eval(tmp_path, f"{runs}/ipo")
+    assert done.returncode == 2 and "lm_eval[hf]" in done.stderr and "Traceback" not in done.stderr
+    for missing in (f"{tmp_path}/nothing", str(tmp_path)):
+        assert lm_eval(tmp_path, missing).returncode == 2
