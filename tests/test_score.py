@@ -104,7 +104,7 @@ def test_scores_are_those_of_the_run_itself(runs, tmp_path, capsys):
     assert float(worst["ci_low"]) == recorded["metrics"]["test/rewards/accuracies/worst_group/ci_low"]
     assert {(r["step"], r["examples"], r["split"]) for r in table} == {("2", "20", "test")}
     assert document["archives"]["reference"] == f"{runs}/sft/LATEST"  # what the run started from
-    assert document["provenance"]["git"]["commit"] and document["loss"].startswith("IPO")
+    assert "commit" in document["provenance"]["git"] and document["loss"].startswith("IPO")
     assert samples == [] and "rewards/accuracies" in capsys.readouterr().out
 
 
