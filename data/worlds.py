@@ -88,14 +88,15 @@ class Settings:
         _check(self.num_train >= 1, "num_train", self.num_train, "must be at least 1")
         _check(self.num_validation >= 0, "num_validation", self.num_validation, "must be >= 0")
         _check(self.num_aux >= 0, "num_aux", self.num_aux, "must be >= 0")
-        if self.mode == "exhaustive":
-            _check(
-                self.num_aux <= 1, "num_aux", self.num_aux, "mode=exhaustive pairs every row with one; 0 or 1"
-            )
-            rows = sum(sizes) * self.num_prompts * 2 * (n * (n - 1) // 2) ** (1 + self.num_aux)
-            _check(
-                rows <= MOST_ROWS, "mode", self.mode, f"{rows} rows are too many; shorten length or alphabet"
-            )
+        aux = self.num_aux if self.mode == "exhaustive" else 0  # the test split is exhaustive without them
+        _check(aux <= 1, "num_aux", self.num_aux, "mode=exhaustive pairs every row with one; 0 or 1")
+        rows = sum(sizes) * self.num_prompts * 2 * (n * (n - 1) // 2) ** (1 + aux)
+        _check(
+            rows <= MOST_ROWS,
+            "length",
+            self.length,
+            f"{rows} rows in the exhaustive split are too many; shorten length, alphabet or group_sizes",
+        )
 
 
 def _check(ok: bool, key: str, value: object, rule: str) -> None:
@@ -265,19 +266,23 @@ def row(
     ``aux_sharpness``: 1 exact, 0 ignorant, -1 always wrong."""
     g, x, chosen, rejected = cell
     p = world.preference[g, x]
-    sharp = sigmoid(settings.aux_sharpness * (np.log(p) - np.log(p.T)))
+
+    def told(first: int, second: int) -> float:
+        odds = np.log(p[first, second]) - np.log(p[second, first])
+        return float(sigmoid(settings.aux_sharpness * odds))
+
     responses = [("chosen", world.responses[chosen]), ("rejected", world.responses[rejected])]
     values = [np.nan, np.nan]
     for first, second in aux:
         responses += [("aux_1", world.responses[first]), ("aux_2", world.responses[second])]
-        values += [float(sharp[first, second]), np.nan]
+        values += [told(first, second), np.nan]
     return Example(
         uid=uid,
         prompt=world.prompts[x],
         responses=tuple(responses),
         group=world.groups[g],
         weight=float(weight),
-        scalars={"chosen_preference": float(sharp[chosen, rejected])} if aux else {},
+        scalars={"chosen_preference": told(chosen, rejected)} if aux else {},
         response_scalars={"aux_preference": tuple(values)} if aux else {},
         meta={"p_star": float(p[chosen, rejected])},
     )
