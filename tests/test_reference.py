@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 
@@ -430,7 +431,9 @@ def test_ranks_share_the_work_and_make_equally_many_calls(tmp_path, scorer):
             barrier.wait(20)
             return both
 
-    made = [Counting(scorer) for _ in range(2)]
+    made = [
+        Counting(Scorer(copy.deepcopy(scorer.model))) for _ in range(2)
+    ]  # a Scorer reuses its buffers: one a thread
     references = [cache(tmp_path, made[r], batch_tokens=60) for r in range(2)]
 
     def run(rank):
