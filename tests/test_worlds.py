@@ -335,7 +335,7 @@ def test_the_report_names_the_gap(tmp_path):
     ("data", "loss", "nats"),
     [
         (["datasets=[world_bt]"], ["loss=dpo"], 0.01),
-        (["datasets=[world_mixture]"], ["loss=ipo"], 0.01),
+        (["datasets=[world_mixture]"], ["loss=ipo", "loss.beta=0.1"], 0.01),
         (["datasets=[world_groups]"], ["loss=gr_ipo", "weighting.step_size=0.05"], 0.05),
     ],
     ids=["bt", "mixture", "groups"],
