@@ -157,9 +157,7 @@ def build_plan(run: Run, data: Data) -> Plan:
 # ---------------------------------------------------------------------------------------------------- models
 
 
-def build_scorer(
-    run: Run, model: torch.nn.Module, output: models.Output | None = None
-) -> scoring.Scorer:
+def build_scorer(run: Run, model: torch.nn.Module, output: models.Output | None = None) -> scoring.Scorer:
     """``output``: what the model's head gives; None: what the loss needs of the policy."""
     s, output = run.config.scoring, output or run.loss.needs.output
     scorer = scoring.Scorer(model, layout=s.layout, output=output, chunk_tokens=s.chunk_tokens)
@@ -368,7 +366,11 @@ class _Session:
 
         passes = 0 if config.eval_only_once else self.plan.num_examples / len(self.data.rows["train"])
         # fresh pairs are not known before they are drawn
-        if config.reference == "live" or config.fresh_pairs.num_pairs or (config.reference == "auto" and passes < 1):
+        if (
+            config.reference == "live"
+            or config.fresh_pairs.num_pairs
+            or (config.reference == "auto" and passes < 1)
+        ):
             return live()
         self.reference_weights = resumed["reference_weights"] if resumed else self._weights_hash(scorer.model)
         cache = reference.CachedReference(
@@ -426,7 +428,13 @@ class _Session:
         loss, spec = found
         tau, layout = (loss.tau if scorer == "gpm" else None), self.config.scoring.layout
         return preferences.load(
-            spec, archive, loss.needs, tau=tau, device=self.world.device, tokenizer=self.tokenizer, layout=layout
+            spec,
+            archive,
+            loss.needs,
+            tau=tau,
+            device=self.world.device,
+            tokenizer=self.tokenizer,
+            layout=layout,
         )
 
     def _weights_hash(self, model: torch.nn.Module) -> str:

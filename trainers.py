@@ -61,7 +61,9 @@ class Parts:
     facts: Mapping[str, Any]  # what bit-exactness depends on, written into every checkpoint's manifest
     extra_state: Mapping[str, Any]  # constants of the run that a continuation needs
     selector: Selector | None = None  # which rows of a batch are trained on; None: all
-    fresh_pairs: Callable[[Sequence[Row], int], list[Row]] | None = None  # (rows, epoch) -> rows with new auxiliary pairs
+    fresh_pairs: Callable[[Sequence[Row], int], list[Row]] | None = (
+        None  # (rows, epoch) -> rows with new auxiliary pairs
+    )
 
 
 class StepSums:
@@ -91,7 +93,11 @@ class StepSums:
 
     def overall(self) -> dict[str, float]:
         """Means over all examples; what has count 0 is left out."""
-        return {n: float(sums.sum() / counts.sum()) for n, (sums, counts) in self.tables.items() if counts.sum() > 0}
+        return {
+            n: float(sums.sum() / counts.sum())
+            for n, (sums, counts) in self.tables.items()
+            if counts.sum() > 0
+        }
 
     def means(self, prefix: str, groups: Sequence[str], skip: Sequence[str] = ()) -> dict[str, float]:
         """Means over examples, overall and per group; what has count 0 is left out."""
@@ -173,7 +179,10 @@ class Trainer:
         metrics = sums.means("train", self.groups, skip=("objective",))
         metrics |= {f"train/{k}": v for k, v in derived(self.loss, sums.overall()).items()}
         if len(self.groups) > 1:
-            metrics |= {f"train/group_counts/group_{g}": n for g, n in zip(self.groups, group_counts.tolist(), strict=True)}
+            metrics |= {
+                f"train/group_counts/group_{g}": n
+                for g, n in zip(self.groups, group_counts.tolist(), strict=True)
+            }
         if applied:
             self.parts.optimizer.step()
             self.weighting.update(loss_sums, group_counts, num_examples)
@@ -269,7 +278,11 @@ class Trainer:
                 if not last and crosses(before, self.examples, config.eval_every):
                     decision = self.evaluate(config.eval_splits)
                 flagged = self.world.any(signal.is_set)
-                if flagged or (decision is not None and decision.stop) or (not last and crosses(before, self.examples, save_every)):
+                if (
+                    flagged
+                    or (decision is not None and decision.stop)
+                    or (not last and crosses(before, self.examples, save_every))
+                ):
                     self.save()
                 if flagged:
                     self.exit_code = signal.exit_code or 143
@@ -304,7 +317,9 @@ class Trainer:
     def finish(self) -> None:
         """Restore the best weights if asked to, evaluate every split once, save."""
         restored = self.parts.stopper.best_examples() if self.parts.stopper.restores_best else None
-        if restored == self.examples or self.restored:  # the latter: this start continued from what is saved below
+        if (
+            restored == self.examples or self.restored
+        ):  # the latter: this start continued from what is saved below
             restored = None
         if restored is not None:
             log.info("restoring the best checkpoint, step-%d", restored)

@@ -23,10 +23,31 @@ from utils import UserError, setup_logging
 ROOT = Path(__file__).resolve().parents[1]
 # Measured on this data: a gentle SFT leaves the model able to learn (at lr 1e-3 it settles on one answer for all and DPO needs
 # three times as long); sep_pairs, because a prompt has a dozen pairs and a batch should hold many prompts.
-COMMON = ["model=tiny", "datasets=[opinions]", "sep_pairs=true", "batch_size=64", "eval_every=2000", "n_eval_examples=null"]
+COMMON = [
+    "model=tiny",
+    "datasets=[opinions]",
+    "sep_pairs=true",
+    "batch_size=64",
+    "eval_every=2000",
+    "n_eval_examples=null",
+]
 COMMON += ["eval_batch_size=256"]
-SFT = ["loss=sft", "loss.sft_on=all", "lr=3e-4", "n_epochs=null", "n_examples=4000", "exp_name=quickstart/sft"]
-PREFERENCE = ["loss=dpo", "loss.beta=1", "lr=1e-3", "lr_schedule=cosine", "n_epochs=4", "exp_name=quickstart/dpo"]
+SFT = [
+    "loss=sft",
+    "loss.sft_on=all",
+    "lr=3e-4",
+    "n_epochs=null",
+    "n_examples=4000",
+    "exp_name=quickstart/sft",
+]
+PREFERENCE = [
+    "loss=dpo",
+    "loss.beta=1",
+    "lr=1e-3",
+    "lr_schedule=cosine",
+    "n_epochs=4",
+    "exp_name=quickstart/dpo",
+]
 
 
 def train(words: list[str]) -> None:
@@ -53,19 +74,30 @@ def main() -> None:
     bayes = {g: bayes_accuracy([e for e in test if e.group == g]) for g in groups}
     figure = quickstart_figure([sft, preference], root / "quickstart" / "figures", {"Bayes rate": bayes})
     pages = report.main([str(preference)])
-    print("\n" + table(json.loads((preference / "results.json").read_text(encoding="utf-8")), bayes, bayes_accuracy(test)))
+    print(
+        "\n"
+        + table(
+            json.loads((preference / "results.json").read_text(encoding="utf-8")), bayes, bayes_accuracy(test)
+        )
+    )
     print("\n".join(f"  {path}" for path in [sft, preference, *figure, *pages]))
 
 
 def table(results: dict, bayes: dict[str, float], overall: float) -> str:
     """Held-out results per group beside what is attainable."""
-    lines = ["Held-out test pairs: reward accuracy, and the Bayes rate of the planted law (nobody can do better on average)"]
-    lines.append(f"  {'group':<8} {'loss':>8}  {'accuracy [95% interval]':<26} {'Bayes':>6}  {'gap closed':>10}  {'n':>5}")
+    lines = [
+        "Held-out test pairs: reward accuracy, and the Bayes rate of the planted law (nobody can do better on average)"
+    ]
+    lines.append(
+        f"  {'group':<8} {'loss':>8}  {'accuracy [95% interval]':<26} {'Bayes':>6}  {'gap closed':>10}  {'n':>5}"
+    )
     for row in results["splits"]["test"]["table"]:
         best = overall if row["group"] == "all" else bayes[row["group"]]
         closed = (row["accuracy"] - 0.5) / (best - 0.5)
         accuracy = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-        lines.append(f"  {row['group']:<8} {row['loss']:>8.4f}  {accuracy:<26} {best:>6.3f}  {closed:>9.0%}  {row['n']:>6}")
+        lines.append(
+            f"  {row['group']:<8} {row['loss']:>8.4f}  {accuracy:<26} {best:>6.3f}  {closed:>9.0%}  {row['n']:>6}"
+        )
     return "\n".join(lines) + "\n\nWritten:"
 
 

@@ -22,12 +22,12 @@ def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    problems, arguments = [], {}
-    for key in values:
-        if key not in fields:
-            problems.append(
-                f"unknown key {prefix}{key}{did_you_mean(str(key), fields)}; {_listing(prefix, fields)}"
-            )
+    arguments: dict[str, Any] = {}
+    problems = [
+        f"unknown key {prefix}{key}{did_you_mean(str(key), fields)}; {_listing(prefix, fields)}"
+        for key in values
+        if key not in fields
+    ]
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in values or values[name] == MISSING:

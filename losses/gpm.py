@@ -50,7 +50,10 @@ class GPM:
     def __post_init__(self) -> None:
         require(self.tau > 0, "tau", self.tau, "must be > 0; try loss.tau=0.1")
         require(
-            self.dim >= 2 and self.dim % 2 == 0, "dim", self.dim, "must be even and at least 2; try loss.dim=8"
+            self.dim >= 2 and self.dim % 2 == 0,
+            "dim",
+            self.dim,
+            "must be even and at least 2; try loss.dim=8",
         )
 
     @property

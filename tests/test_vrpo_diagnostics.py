@@ -92,7 +92,12 @@ def test_they_do_not_depend_on_how_a_step_is_cut(tmp_path):
     rows, found = with_aux(make_rows(12), 2, 0), []
     for k in (1, 4):
         trainer = make_trainer(
-            tmp_path / str(k), VarianceReduced(0.5), rows=rows, batch_size=12, n_epochs=1, gradient_accumulation_steps=k
+            tmp_path / str(k),
+            VarianceReduced(0.5),
+            rows=rows,
+            batch_size=12,
+            n_epochs=1,
+            gradient_accumulation_steps=k,
         )
         metrics = trainer.step()
         found.append({k: v for k, v in metrics.items() if "vrpo" in k})

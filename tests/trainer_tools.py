@@ -121,7 +121,7 @@ def make_trainer(
         else None
     )
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
+    return Trainer(
         Parts(
             config=config,
             world=world,
@@ -147,7 +147,6 @@ def make_trainer(
         ),
         GROUPS,
     )  # fmt: skip
-    return trainer
 
 
 def parameters(trainer: Trainer) -> torch.Tensor:
