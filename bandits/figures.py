@@ -70,7 +70,11 @@ def bars(ax: Axes, groups: Sequence[str], series: dict[str, np.ndarray]) -> None
     ax.grid(axis="x", visible=False)
 
 
-def legend_above(figure: Figure, ax: Axes, columns: int) -> None:
-    """One legend for all panels, taken from ``ax``."""
-    handles, labels = ax.get_legend_handles_labels()
+def legend_above(figure: Figure, axes: np.ndarray) -> None:
+    """One legend for all panels, taken from the panel with the most series, in as many columns as fit."""
+    handles, labels = max(
+        (ax.get_legend_handles_labels() for ax in axes.flat), key=lambda found: len(found[0])
+    )
+    longest = 0.45 + 0.06 * max(len(label) for label in labels)  # inches
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / longest)))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)

@@ -162,7 +162,7 @@ class GroupStudy:
             figures.bars(row[2], [a.label for a in self.arms], {"": ends})
             row[2].set(title=name.replace("_", ", "), ylabel="worst reward error")
             row[2].tick_params(axis="x", rotation=40)
-        figures.legend_above(figure, max(axes[0, :2], key=lambda ax: len(ax.lines)), 3)
+        figures.legend_above(figure, axes[:, :2])
         return figure
 
     def _weights(self, curves: dict[tuple[str, GroupArm], GroupCurves]):
@@ -181,7 +181,7 @@ class GroupStudy:
                 ylabel="weight of group 0",
                 ylim=(0, 1),
             )
-        figures.legend_above(figure, axes[0, 0], 4)
+        figures.legend_above(figure, axes)
         return figure
 
     def _tradeoff(self, curves: dict[tuple[str, GroupArm], GroupCurves]):
@@ -199,7 +199,7 @@ class GroupStudy:
                 ax.set(
                     title=f"{loss.upper()}, {name.replace('_', ', ')}", xlabel="chi", ylabel="validation loss"
                 )
-        figures.legend_above(figure, axes[0, 0], 2)
+        figures.legend_above(figure, axes)
         return figure
 
     def _variants(self, curves: dict[tuple[str, GroupArm], GroupCurves]):

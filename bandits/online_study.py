@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bandits import contextual, figures, oracles
 from bandits.continuous import ContinuousBandit
@@ -31,6 +33,11 @@ REWARDS = {
     "continuous": contextual.CONTINUOUS,
     "sequence": contextual.SEQUENCE,
 }
+LOWEST_SHOWN = {
+    "contextual": -40.0,
+    "continuous": -40.0,
+    "sequence": -150.0,
+}  # log-ratios without a bound leave the figure
 TUNING_OFFSET = 10_000  # tuning seeds are far from the reported ones
 
 
@@ -131,9 +138,7 @@ class OnPolicyStudy:
                 report.curve(cell, found.steps, found.queries, metrics, seeds, SHOWN)
                 report.cell(cell, "lr", np.array([tuned.lr]))
                 chosen = metrics["log_ratio/chosen"]
-                report.cell(
-                    cell, "log_ratio/chosen_drop", chosen.max(0) - chosen[-1]
-                )  # fell this far from its peak
+                report.cell(cell, "log_ratio/chosen_drop", chosen.max(0) - chosen[-1])  # below its own peak
                 log.info("%-45s lr %-6g reward %.3f", cell, tuned.lr, found.last("reward").mean())
         with figures.style():
             for kind in self.figures:
@@ -163,49 +168,44 @@ class OnPolicyStudy:
         labels = list(dict.fromkeys(arm.label for arm in self.arms))
         return {label: figures.look(i) for i, label in enumerate(labels)}
 
-    def _curves(self, curves: dict[tuple[int, Arm], Curves]):
-        """Rows: rewards; columns: offline, on-policy; expected reward against gradient step."""
+    def _panels(self) -> tuple[Figure, np.ndarray, dict[tuple[int, str], Axes]]:
+        """One panel per (reward, regime): rewards are rows, or columns where there is one regime."""
         regimes = list(dict.fromkeys(arm.regime for arm in self.arms))
-        figure, axes = figures.panels(len(self.rewards), len(regimes), 3.2, 2.3)
+        keys = [(reward, regime) for reward in self.rewards for regime in regimes]
+        shape = (1, len(self.rewards)) if len(regimes) == 1 else (len(self.rewards), len(regimes))
+        figure, axes = figures.panels(*shape, 3.2, 2.3)
+        where = dict(zip(keys, axes.flat, strict=True))
+        for (reward, regime), ax in where.items():
+            ax.set(title=f"R{reward}, {regime}", ylabel="expected reward")
+        return figure, axes, where
+
+    def _curves(self, curves: dict[tuple[int, Arm], Curves]) -> Figure:
+        """Expected reward against gradient step."""
+        figure, axes, where = self._panels()
         looks = self._labels()
         for (reward, arm), found in curves.items():
-            ax = axes[self.rewards.index(reward), regimes.index(arm.regime)]
-            label = arm.label if self.vary is None else f"{arm.label}, {self.vary} {getattr(arm, self.vary)}"
-            line = looks[arm.label]
+            ax, label, line = where[reward, arm.regime], arm.label, looks[arm.label]
             if self.vary is not None:
-                line = figures.look(self.arms.index(arm))
+                label, line = f"{label}, {self._varied(arm)}", figures.look(self.arms.index(arm))
             figures.band(ax, found.steps, found.metrics["reward"].numpy(), label, **line)
-            ax.set(
-                title=f"R{reward}, {arm.regime}",
-                xlabel="gradient step",
-                ylabel="expected reward",
-                ylim=(0, 1.03),
-            )
-        fullest = max(axes.flat, key=lambda ax: len(ax.lines))
-        figures.legend_above(figure, fullest, 4)
+            ax.set(xlabel="gradient step", ylim=(0, 1.03))
+        figures.legend_above(figure, axes)
         return figure
 
-    def _reward_kl(self, curves: dict[tuple[int, Arm], Curves]):
+    def _reward_kl(self, curves: dict[tuple[int, Arm], Curves]) -> Figure:
         """Mean reward against mean KL(policy || reference) along training; a dot at the end."""
-        regimes = list(dict.fromkeys(arm.regime for arm in self.arms))
-        figure, axes = figures.panels(len(self.rewards), len(regimes), 3.2, 2.3)
+        figure, axes, where = self._panels()
         looks = self._labels()
         for (reward, arm), found in curves.items():
-            ax = axes[self.rewards.index(reward), regimes.index(arm.regime)]
-            x = found.metrics["kl_policy_reference"].mean(-1).numpy()
-            y = found.metrics["reward"].mean(-1).numpy()
+            ax = where[reward, arm.regime]
+            x, y = (found.metrics[m].mean(-1).numpy() for m in ("kl_policy_reference", "reward"))
             ax.plot(x, y, label=arm.label, **looks[arm.label])
             ax.plot(x[-1:], y[-1:], marker="o", color=looks[arm.label]["color"])
-            ax.set(
-                title=f"R{reward}, {arm.regime}",
-                xlabel="KL(policy || reference), nats",
-                ylabel="expected reward",
-            )
-        fullest = max(axes.flat, key=lambda ax: len(ax.lines))
-        figures.legend_above(figure, fullest, 4)
+            ax.set(xlabel="KL(policy || reference), nats")
+        figures.legend_above(figure, axes)
         return figure
 
-    def _log_ratios(self, curves: dict[tuple[int, Arm], Curves]):
+    def _log_ratios(self, curves: dict[tuple[int, Arm], Curves]) -> Figure:
         """log pi / pi_ref of the best sample (solid) and of the others (dashed); columns: the varied field."""
         columns = list(dict.fromkeys(self._varied(arm) for arm in self.arms))
         figure, axes = figures.panels(len(self.rewards), len(columns), 2.5, 2.1)
@@ -217,29 +217,34 @@ class OnPolicyStudy:
                 line = {"color": looks[arm.label]["color"], "linestyle": dash}
                 figures.band(ax, found.steps, values, f"{arm.label}, {role}", **line)
             ax.set(title=f"R{reward}, {self._varied(arm)}", xlabel="gradient step", ylabel="log-ratio, nats")
-            ax.set_ylim(bottom=max(-40, ax.get_ylim()[0]))
-        figures.legend_above(figure, axes[0, 0], 4)
+            ax.set_ylim(bottom=max(LOWEST_SHOWN[self.bandit], ax.get_ylim()[0]))
+        figures.legend_above(figure, axes)
         return figure
 
     def _varied(self, arm: Arm) -> str:
         return arm.regime if self.vary is None else f"{self.vary} {getattr(arm, self.vary)}"
 
-    def _bars(self, curves: dict[tuple[int, Arm], Curves]):
-        """Final reward against the varied field, one group of bars per value."""
-        groups = list(dict.fromkeys(self._varied(arm) for arm in self.arms))
-        figure, axes = figures.panels(1, len(self.rewards), max(2.6, 0.75 * len(groups)), 2.3)
+    def _bars(self, curves: dict[tuple[int, Arm], Curves]) -> Figure:
+        """Final reward: one group of bars per value of the varied field, or one bar per arm."""
+        arms = {(a.label, self._varied(a)): a for a in self.arms}
+        groups = list(dict.fromkeys(varied for _, varied in arms))
+        figure, axes = figures.panels(
+            1, len(self.rewards), max(2.6, 0.75 * len(groups), 0.3 * len(arms)), 2.5
+        )
+        missing = np.full(self.num_seeds, np.nan)
         for reward, ax in zip(self.rewards, axes[0], strict=True):
-            series = {}
-            for label in self._labels():
-                ends = {
-                    self._varied(a): c.last("reward").numpy()
-                    for (r, a), c in curves.items()
-                    if r == reward and a.label == label
-                }
-                missing = np.full(self.num_seeds, np.nan)
-                series[label] = np.stack([ends.get(group, missing) for group in groups])
-            names = [group.removeprefix(f"{self.vary} ") for group in groups]
-            figures.bars(ax, names, series)
-            ax.set(title=f"R{reward}", xlabel=self.vary or "", ylabel="final expected reward", ylim=(0, 1.03))
-        figures.legend_above(figure, axes[0, 0], 4)
+            ends = {key: curves[reward, arm].last("reward").numpy() for key, arm in arms.items()}
+            ax.set(title=f"R{reward}", ylabel="final expected reward", ylim=(0, 1.03))
+            if self.vary is None:
+                names = [label if len(groups) == 1 else f"{label}, {varied}" for label, varied in ends]
+                figures.bars(ax, names, {"": np.stack(list(ends.values()))})
+                ax.tick_params(axis="x", rotation=60)
+                continue
+            series = {
+                x: np.stack([ends.get((x, group), missing) for group in groups]) for x in self._labels()
+            }
+            figures.bars(ax, [group.removeprefix(f"{self.vary} ") for group in groups], series)
+            ax.set(xlabel=self.vary)
+        if self.vary is not None:
+            figures.legend_above(figure, axes)
         return figure

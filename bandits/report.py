@@ -102,6 +102,10 @@ class Report:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(head | {f"eval/{metric}": self.cells[cell, metric].tolist()}) + "\n")
 
+    def table(self, name: str, rows: Sequence[dict]) -> None:
+        """<name>.csv."""
+        _write_csv(self.folder / f"{name}.csv", rows)
+
     def figure(self, name: str, figure: Figure) -> None:
         """figures/<name>.pdf and .png."""
         for kind in ("pdf", "png"):

@@ -197,6 +197,14 @@ def excess_risk(bed: Bed, theta: np.ndarray) -> np.ndarray:
     return risk(theta) - risk(population(bed))
 
 
+def margin_spread(bed: Bed, theta: np.ndarray) -> np.ndarray:
+    """(R, F) -> (R,) squared distance of the learned margins from their mean over the replicates, averaged over the law of
+    labelled pairs: the variance of the margins, one replicate's part each."""
+    centred = theta - theta.mean(0)
+    margins = np.einsum("xijf,rf->rxij", bed.difference, centred)
+    return (bed.pair_law * margins**2).sum((1, 2, 3))
+
+
 def policy_values(bed: Bed, theta: np.ndarray, beta: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     """(R, F) -> (R,) greedy regret and (R,) true reward of mu exp(r_theta / beta), means over prompts."""
     scores = np.einsum("xkf,rf->rxk", bed.features, theta)

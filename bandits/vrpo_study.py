@@ -11,6 +11,7 @@ import torch
 import utils
 from bandits import figures, tabular
 from bandits.report import Claim, Report
+from engine.stats import cluster_bootstrap
 from utils import UserError, log
 
 Guess = Literal["none", "right", "noisy", "half", "reversed"]
@@ -22,14 +23,14 @@ class Estimator:
 
     preference  auxiliary model g; none: the plain loss, whatever the rest says
     pairs       M auxiliary pairs per labelled pair; null: their exact expectation
-    lam         control-variate weight; 1 is the paper's
+    lam         control-variate weight; 1 is the paper's, auto is M / (M + 1)
     sampler     law of the auxiliary responses: right (that of the labelled ones) or wrong
     """
 
     label: str
     preference: Guess
     pairs: int | None = None
-    lam: float = 1.0
+    lam: float | Literal["auto"] = 1.0
     sampler: Literal["right", "wrong"] = "right"
 
     def __post_init__(self) -> None:
@@ -37,8 +38,15 @@ class Estimator:
             raise UserError(
                 f"estimator {self.label!r}: pairs={self.pairs}: must be at least 1, or null for infinitely many"
             )
-        if not 0 <= self.lam <= 1:
-            raise UserError(f"estimator {self.label!r}: lam={self.lam}: must lie in [0, 1]")
+        if self.lam != "auto" and not 0 <= self.lam <= 1:
+            raise UserError(f"estimator {self.label!r}: lam={self.lam}: must lie in [0, 1], or be auto")
+
+    @property
+    def weight(self) -> float:
+        """lam as a number."""
+        if self.lam == "auto":
+            return 1.0 if self.pairs is None else self.pairs / (self.pairs + 1)
+        return self.lam
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class VRPOStudy:
     base        dpo: Newton's method | ramp: gradient descent from the reference, ``steps`` of size ``lr``
     num         labelled pairs per replicate
     replicates  independent data sets; they play the part of seeds
-    figures     pairs: n MSE and regret against M | sources: stacked variance | lam: n MSE against lambda | bias | bars
+    figures     pairs: n MSE and regret against M | sources: stacked variance | lam: n MSE against lambda | bias | bars |
+                ratios: margin variance and regret over those of the plain loss, against M (and ratios.csv)
     """
 
     estimators: list[Estimator]
@@ -60,7 +69,7 @@ class VRPOStudy:
     seed: int = 0
     steps: int = 400
     lr: float = 0.5
-    figures: list[Literal["pairs", "sources", "lam", "bias", "bars"]] = field(
+    figures: list[Literal["pairs", "sources", "lam", "bias", "bars", "ratios"]] = field(
         default_factory=lambda: ["pairs", "sources"]
     )
     claims: list[Claim] = field(default_factory=list)
@@ -89,7 +98,7 @@ class VRPOStudy:
         if estimator.preference == "none":
             return tabular.exact_variance(bed)
         num_pairs = np.inf if estimator.pairs is None else estimator.pairs
-        return tabular.exact_variance(bed, self.guess(bed, estimator), num_pairs, estimator.lam)
+        return tabular.exact_variance(bed, self.guess(bed, estimator), num_pairs, estimator.weight)
 
     def run(self, report: Report) -> None:
         """Simulate every estimator on the same labelled data; then tables and figures."""
@@ -106,6 +115,8 @@ class VRPOStudy:
                 "value": value,
                 "converged": converged,
             }
+            if self.base == "dpo":
+                values["n_margin_variance"] = self.num * tabular.margin_spread(bed, theta)
             values |= {f"bias_{f}": error[:, f] for f in range(theta.shape[1])}
             for metric, numbers in values.items():
                 report.cell(estimator.label, metric, numbers)
@@ -127,7 +138,7 @@ class VRPOStudy:
         aux = bed.sampler if estimator.sampler == "right" else tabular.wrong_sampler(bed)
         rng = utils.stream(self.seed, "vrpo/data")
         counts = tabular.draw(bed, self.num, self.replicates, estimator.pairs, aux, rng)
-        lam = 0.0 if estimator.preference == "none" else estimator.lam
+        lam = 0.0 if estimator.preference == "none" else estimator.weight
         objective = tabular.Objective(bed, counts, self.guess(bed, estimator), lam, self.base)
         num_features = bed.features.shape[-1]
         if self.base == "dpo":
@@ -145,7 +156,7 @@ class VRPOStudy:
             report.cell(estimator.label, "exact_n_mse", np.array([exact.total]))
         if self.base == "dpo" and estimator.preference != "none":
             aux = bed.sampler if estimator.sampler == "right" else tabular.wrong_sampler(bed)
-            limit = tabular.population(bed, self.guess(bed, estimator), aux, estimator.lam)
+            limit = tabular.population(bed, self.guess(bed, estimator), aux, estimator.weight)
             for f, shift in enumerate(limit - truth):
                 report.cell(estimator.label, f"exact_bias_{f}", np.array([shift]))
 
@@ -188,7 +199,7 @@ class VRPOStudy:
             ax.set_xticks(range(len(pairs)), [str(m) if m else "inf" for m in pairs])
             ax.set(xlabel="auxiliary pairs per labelled pair, M", ylabel=name)
         axes[0, 0].set_yscale("log")
-        figures.legend_above(figure, axes[0, 0], 4)
+        figures.legend_above(figure, axes)
         return figure
 
     def _sources(self, report: Report):
@@ -209,7 +220,7 @@ class VRPOStudy:
             ylabel="n x MSE of theta",
             ylim=(0, min(3 * bottom[0], 1.15 * max(bottom.max(), values.mean(1).max()))),
         )
-        figures.legend_above(figure, ax, 4)
+        figures.legend_above(figure, axes)
         return figure
 
     def _lam(self, report: Report):
@@ -222,7 +233,7 @@ class VRPOStudy:
             line, g = figures.look(i), self.guess(bed, members[0])
             name = "M = inf" if m is None else f"M = {m}"
             ax.errorbar(
-                [e.lam for e in members],
+                [e.weight for e in members],
                 values.mean(1),
                 figures.half_width(values),
                 fmt="o",
@@ -235,6 +246,54 @@ class VRPOStudy:
             xlabel="control-variate weight lambda", ylabel="n x MSE of theta (lines: exact)", ylim=(0, None)
         )
         ax.legend()
+        return figure
+
+    def ratios(self, report: Report) -> list[dict]:
+        """Mean of a metric over the plain loss's, with a bootstrap interval over the replicates, which share their labelled
+        data; below 1 is better."""
+        plain, rows = self._plain(), []
+        for estimator in self.estimators:
+            for metric in ("n_margin_variance", "n_excess_risk", "regret"):
+                if estimator is plain or (estimator.label, metric) not in report.cells:
+                    continue
+                both = np.stack([report.cells[e.label, metric] for e in (estimator, plain)], axis=1)
+                found = cluster_bootstrap(both, None, lambda totals, size: totals[..., 0] / totals[..., 1])
+                row = {
+                    "estimator": estimator.label,
+                    "M": estimator.pairs or "inf",
+                    "lam": estimator.lam,
+                    "metric": metric,
+                }
+                rows.append(
+                    row | {"ratio": found.estimate, "low": found.low, "high": found.high, "n": found.n}
+                )
+        return rows
+
+    def _ratios(self, report: Report):
+        """Ratios to the plain loss against M, one line per lambda; also to ratios.csv."""
+        rows = self.ratios(report)
+        report.table("ratios", rows)
+        figure, axes = figures.panels(1, 2, 3.2, 2.5)
+        pairs = list(dict.fromkeys(row["M"] for row in rows))
+        for ax, (metric, name) in zip(
+            axes[0],
+            (("n_margin_variance", "variance of the margins"), ("regret", "greedy regret")),
+            strict=True,
+        ):
+            for i, lam in enumerate(dict.fromkeys(row["lam"] for row in rows)):
+                mine = [row for row in rows if row["lam"] == lam and row["metric"] == metric]
+                x = np.array([pairs.index(row["M"]) for row in mine]) + 0.08 * (2 * i - 1)
+                y, low, high = (np.array([row[k] for row in mine]) for k in ("ratio", "low", "high"))
+                line = figures.look(i)
+                ax.errorbar(x, y, [y - low, high - y], fmt="o-", color=line["color"], label=f"lambda {lam}")
+            ax.axhline(1, color="#888888", linewidth=0.9)
+            ax.set_xticks(range(len(pairs)), [str(m) for m in pairs])
+            ax.set(
+                xlabel="auxiliary pairs per labelled pair, M",
+                ylabel=f"{name}\nover the plain loss's",
+                ylim=(0, None),
+            )
+        figures.legend_above(figure, axes)
         return figure
 
     def _bias(self, report: Report):
@@ -257,7 +316,7 @@ class VRPOStudy:
             ax.axhline(0, color="#888888", linewidth=0.6)
             ax.set_xticks(x, labels, rotation=50, ha="right", rotation_mode="anchor")
             ax.set(ylabel=f"bias of theta_{f}")
-        figures.legend_above(figure, axes[0, 0], 2)
+        figures.legend_above(figure, axes)
         return figure
 
     def _bars(self, report: Report):
