@@ -29,13 +29,15 @@ from utils import UserError, write_atomic
 FIGURES = ("training_curves", "worst_group", "throughput")
 AGGREGATES = ("", "mean_group", "worst_group")
 NOT_SHOWN = ("group_counts", "num_examples")
+PIXELS = 150  # on the page, per inch of a figure
 HARDEST = 10  # examples with the largest loss that are listed
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1080px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em;margin-bottom:.1em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd;padding-bottom:.2em}
 .facts{color:#555}.warn{background:#fff4e8;border:1px solid #e0b080;color:#7a2e00;padding:.5em .8em;border-radius:4px;margin:.4em 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86em}th,td{padding:.25em .7em;border-bottom:1px solid #e8e8e8;text-align:left;vertical-align:top}
-th{color:#555;font-weight:600}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.ci{color:#777;font-size:.86em}
+th{color:#555;font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.ci{display:block;color:#777;font-size:.82em}
+tbody tr:hover{background:#f7f9fb}
 img{max-width:100%;height:auto}td.text{white-space:pre-wrap;min-width:14em;max-width:26em;overflow-wrap:anywhere}
 pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:.82em}details{margin:.6em 0}summary{cursor:pointer;color:#0060a0}
 """
@@ -54,7 +56,7 @@ def table(
 ) -> str:
     """Cells are HTML already. ``numbers``: all columns but the first are right-aligned; ``text``: keep line breaks."""
     kind = ' class="text"' if text else ' class="n"' if numbers else ""
-    top = "".join(f"<th>{h}</th>" for h in head)
+    top = f"<th>{head[0]}</th>" + "".join(f"<th{kind}>{h}</th>" for h in head[1:])
     body = "".join(
         f"<tr><td>{row[0]}</td>" + "".join(f"<td{kind}>{cell}</td>" for cell in row[1:]) + "</tr>\n"
         for row in rows
@@ -112,7 +114,7 @@ def results(loaded: Loaded) -> str:
             cells = []
             for group in groups:
                 value = bar(loaded, method, split, metric, group)
-                cells.append("" if value is None else f"{value.mean:.4g}" + _bounds(value.low, value.high))
+                cells.append("" if value is None else _digits(value.mean, 4) + _bounds(value.low, value.high))
             rows.append([escape(metric), *cells])
         if rows:
             at = max(float(x[-1]) for (_, s, _, _), (x, _) in loaded.series.items() if s == split)
@@ -122,7 +124,12 @@ def results(loaded: Loaded) -> str:
 
 
 def _bounds(low: float, high: float) -> str:
-    return f' <span class="ci">[{low:.3g}, {high:.3g}]</span>' if low == low else ""
+    return f' <span class="ci">[{_digits(low, 3)}, {_digits(high, 3)}]</span>' if low == low else ""
+
+
+def _digits(value: float, n: int) -> str:
+    """``n`` significant digits, zeros at the end included, so that columns align; whole numbers as they are."""
+    return str(value) if isinstance(value, int) else f"{value:#.{n}g}".rstrip(".")
 
 
 def curves(loaded: Loaded) -> str:
@@ -134,11 +141,13 @@ def curves(loaded: Loaded) -> str:
         if drawable(figure, loaded):
             buffer = io.BytesIO()
             with canvas.styled():
-                compose(figure, loaded).figure.savefig(
-                    buffer, format="png", dpi=160, metadata={"Software": None}
-                )
+                drawn = compose(figure, loaded).figure
+                drawn.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
             data = base64.b64encode(buffer.getvalue()).decode("ascii")
-            parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>\n')
+            width = round(
+                drawn.get_size_inches()[0] * PIXELS
+            )  # one scale: the text of all figures has one size
+            parts.append(f'<p><img alt="{name}" width="{width}" src="data:image/png;base64,{data}"></p>\n')
     return "<h2>Curves</h2>\n" + "".join(parts) if parts else ""
 
 
@@ -181,7 +190,7 @@ def hardest(folder: Path) -> str:
         if any(k in r for r in rows)
     ]
     cells = [
-        [escape(r["uid"]), escape(r["group"]), *(f"{r[k]:.4g}" if k in r else "" for k in shown)]
+        [escape(r["uid"]), escape(r["group"]), *(_digits(r[k], 4) if k in r else "" for k in shown)]
         for r in rows
     ]
     return f"<h2>Largest losses ({escape(last.stem)})</h2>\n" + table(["example", "group", *shown], cells)

@@ -93,7 +93,7 @@ def test_results_show_every_group_with_its_interval(parsed):
     assert head == ["metric", "all", "mean", "worst", "north", "south"]
     row = next(r for r in parsed.rows if r[0] == "rewards/accuracies")
     exact = wilson(share_at(500, 1, 1) * 40, 40)
-    assert row[5] == f"{exact.estimate:.4g} [{exact.low:.3g}, {exact.high:.3g}]"
+    assert row[5] == f"{exact.estimate:.4f} [{exact.low:.3f}, {exact.high:.3f}]"
     assert float(row[3].split()[0]) == pytest.approx(share_at(500, 1, 1))
     assert "Results: test, after 500 examples" in parsed.text
 
