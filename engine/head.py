@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 CPU_TILE_TOKENS = 1024
 CPU_TILE_VOCAB = 512
 CUDA_TILE_BYTES = 512 << 20
-KEEP_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+KEEP_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
 MODULE_CHUNK_TOKENS = 256  # tokens of a chunk of `module_logps`
 MIN_KEPT_TOKENS = 32  # fewer are not worth a tile of their own
 

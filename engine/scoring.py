@@ -53,7 +53,7 @@ class Scorer(nn.Module):
     chunk_tokens     rows of a tile of the vocabulary head; None: what suits the device
     keep_bytes       memory for exponentials kept from the forward to the backward pass, which saves a quarter of the
                      head's arithmetic for the tokens that fit; it does not grow with the batch. None: what suits the
-                     device (64 MiB, 512 MiB on CUDA)
+                     device (256 MiB, 512 MiB on CUDA)
 
     Raises UserError when the model's own logits cannot be reproduced from its hidden states.
     """
