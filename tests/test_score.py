@@ -18,8 +18,10 @@ from transformers import AutoTokenizer
 
 import assembly
 from commands import score
+from commands.cli import split
 from commands.judge import JudgeSettings
 from commands.score import Settings
+from config.build import build
 from config.compose import compose
 from engine import stats
 from engine.evaluation import share_interval
@@ -138,6 +140,31 @@ def test_a_reward_model_has_accuracies_and_no_responses(runs, tmp_path):
     recorded = json.loads((runs / "reward" / "results.json").read_text())["splits"]["test"]["metrics"]
     assert float(cell(table, "rewards/accuracies")["value"]) == recorded["test/rewards/accuracies"]
     assert samples == []
+
+
+def test_an_adapter_is_scored_against_what_it_was_trained_on(runs, tmp_path):
+    lora = ["model.use_lora=true", "model.lora_rank=2"]
+    words = [*DATA, *TRAIN, *lora, f"run_root={runs}", f"reference_cache={runs}/cache", "exp_name=lora"]
+    run = compose([*words, "loss=ipo", "loss.beta=0.5", f"model.archive={runs}/sft/LATEST"])
+    assembly.run_training(run)
+    table, *_ = call(runs, tmp_path, *lora, f"model.archive={runs}/lora/LATEST", num_prompts=2)
+    recorded = json.loads((runs / "lora" / "results.json").read_text())["splits"]["test"]["metrics"]
+    for metric in ("rewards/margins", "loss"):
+        assert float(cell(table, metric)["value"]) == pytest.approx(recorded[f"test/{metric}"], abs=1e-9)
+    assert abs(recorded["test/rewards/margins"]) > 1e-6
+
+
+def test_settings_are_read_from_the_command_line():
+    words = [
+        "score.out=x",
+        "score.judge.url=http://h/v1",
+        "score.judge.model=m",
+        "score.versus=[chosen]",
+        "model=tiny",
+    ]
+    own, rest = split(words, "score")
+    settings = build(Settings, own, "score.")
+    assert (settings.judge.model, settings.versus, rest) == ("m", ("chosen",), ["model=tiny"])
 
 
 def test_an_sft_run_is_scored_with_dpo_against_itself_untrained(runs, tmp_path):
