@@ -299,13 +299,16 @@ def _mismatch(
     )
 
 
-def load_adapter(model: nn.Module, archive: Archive, name: str) -> None:
-    """Copy the archive's LoRA tensors into adapter ``name`` of a PeftModel. Strict; raises UserError on any difference."""
+def load_adapter(model: nn.Module, archive: Archive, name: str, *, head: str | None = None) -> None:
+    """Copy the archive's LoRA tensors into adapter ``name`` of a PeftModel. Strict; raises UserError on any difference.
+
+    head: as in ``load_base``, a freshly initialised head that the adapter of a language model lacks.
+    """
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     own = {_peft_file_name(k): v for k, v in own.items()}
-    missing = [k for k in own if k not in archive.adapter]
+    missing = [k for k in own if k not in archive.adapter and (head is None or not k.startswith(f"{head}."))]
     unexpected = [k for k in archive.adapter if k not in own]
     shapes = [
         f"{k} is {tuple(v.shape)} there and {tuple(own[k].shape)} here"
@@ -325,7 +328,7 @@ def load_adapter(model: nn.Module, archive: Archive, name: str) -> None:
     with torch.no_grad():
         for key, tensor in archive.adapter.items():
             own[key].copy_(checkpoint.place(tensor, own[key]))
-    log.info("loaded LoRA adapter (%d tensors) from %s", len(own), archive.path)
+    log.info("loaded LoRA adapter (%d tensors) from %s", len(archive.adapter), archive.path)
 
 
 # ---------------------------------------------------------------------------------------------- identity

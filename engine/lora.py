@@ -92,8 +92,11 @@ def with_lora(
     return model
 
 
-def load_adapter(model: nn.Module, name: str, stored: Archive | None) -> None:
-    """The archive's adapter, if it has one, into adapter ``name``. A differing alpha would not show in any shape."""
+def load_adapter(model: nn.Module, name: str, stored: Archive | None, head: str | None = None) -> None:
+    """The archive's adapter, if it has one, into adapter ``name``. A differing alpha would not show in any shape.
+
+    head: a freshly initialised head that the archive may lack.
+    """
     if stored is None or not stored.adapter:
         return
     ours, theirs = model.peft_config[name], stored.adapter_config
@@ -111,7 +114,7 @@ def load_adapter(model: nn.Module, name: str, stored: Archive | None) -> None:
                 raise UserError(
                     f"model.archive={stored.path}: its adapter uses {key}, which is not supported; merge it first"
                 )
-    archives.load_adapter(model, stored, name)
+    archives.load_adapter(model, stored, name, head=head)
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ def build_policy(
         tokenizer=tokenizer or load_tokenizer(spec),
     )
     if spec.use_lora:
-        load_adapter(model, POLICY_ADAPTER, stored)
+        load_adapter(model, POLICY_ADAPTER, stored, head=None if output == "logps" else HEAD)
         if stored is not None and stored.adapter and output == "logps":
             with drawing_from(seed, "reference_adapter"):  # overwritten at once
                 model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[POLICY_ADAPTER]))

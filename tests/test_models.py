@@ -555,6 +555,22 @@ def test_a_saved_adapter_is_an_ordinary_one_and_continues_with_a_frozen_copy_as_
     assert not any(p.requires_grad for p in reference.parameters())
 
 
+def test_a_reward_model_starts_from_a_language_models_adapter_with_a_head_of_its_own(tmp_path, tokenizer):
+    sft = perturb(policy(lora()))
+    save_model(sft, tokenizer, tmp_path)
+    model = policy(lora(), tmp_path, output="reward")
+    ours = dict(model.named_parameters())
+    adapters = {n: p for n, p in sft.named_parameters() if ".lora_" in n}
+    assert adapters and all(torch.equal(ours[n], p) for n, p in adapters.items())
+    head = [p for n, p in ours.items() if "score" in n and p.requires_grad]
+    assert len(head) == 1 and head[0].std() > 0
+    with pytest.raises(UserError, match="adapter"):  # of a language model, nothing may be missing
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        tensors.pop(next(iter(tensors)))
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        policy(lora(), tmp_path)
+
+
 def test_a_state_dict_of_a_peft_model_loads_like_its_adapter(tmp_path):
     """The group-robust repository's policy.pt: base and adapter tensors under peft's names."""
     sft = perturb(policy(lora()))
