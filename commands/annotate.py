@@ -99,15 +99,10 @@ def run(run: Run, settings: Settings) -> None:
     rows = {name: jsonl.read(files[name]) for name in wanted}
     scored: dict[str, dict[str, Any]] = {}
     if settings.cross_fit:
-        for fold in range(settings.cross_fit):
-            mine, archive = fold_scorer(run, settings, rows["train"], fold, out)
-            scorer = model_scorer(run, replace(settings, model=archive, cross_fit=0))
-            scored["train"] = scored.get("train", {}) | score(settings, scorer, "train", mine, out, fold)
+        scored["train"] = score_folds(run, settings, rows["train"], out)
     else:
         scorer = build_scorer(run, settings, out)
-        for name, part_ in rows.items():
-            with autocast(run.config.precision, parallel.pick_device(run.config.device)):
-                scored[name] = score(settings, scorer, name, part_, out)
+        scored = {name: score(run, settings, scorer, name, part_, out) for name, part_ in rows.items()}
         if isinstance(scorer, JudgeScorer):
             scorer.judge.log()
     calibration = fit(settings, rows, scored, out)
@@ -240,6 +235,18 @@ def fold_scorer(
     return mine, f"{folder}/run/LATEST"
 
 
+def score_folds(
+    run: Run, settings: Settings, rows: Sequence[Labelled], out: Path
+) -> dict[str, dict[str, Any]]:
+    """As ``score``, every row by the model that has not seen its prompt."""
+    found: dict[str, dict[str, Any]] = {}
+    for fold in range(settings.cross_fit):
+        mine, archive = fold_scorer(run, settings, rows, fold, out)
+        scorer = model_scorer(run, replace(settings, model=archive, cross_fit=0))
+        found |= score(run, settings, scorer, "train", mine, out, fold)
+    return found
+
+
 def train(run: Run, words: list[str]) -> None:
     """The run in this process, or in one process per device where the trainer says so."""
     if run.config.trainer.parallel == "none":
@@ -256,10 +263,20 @@ def train(run: Run, words: list[str]) -> None:
 
 
 def score(
-    settings: Settings, scorer: Any, name: str, rows: Sequence[Labelled], out: Path, fold: int | None = None
+    run: Run,
+    settings: Settings,
+    scorer: Any,
+    name: str,
+    rows: Sequence[Labelled],
+    out: Path,
+    fold: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """uid -> {"log_odds": [..]} or {"failed": why}, with where they come from; kept in OUT/scores as they are made."""
-    identity = {**scorer.identity, **({} if fold is None else {"fold": fold})}
+    identity = {
+        **scorer.identity,
+        "precision": run.config.precision,
+        **({} if fold is None else {"fold": fold}),
+    }
     texts = content_hash([jsonl.without_preferences(one.row) for one in rows])[:16]
     where = out / "scores" / (f"{name}.jsonl" if fold is None else f"{name}-fold_{fold}.jsonl")
     output = Output(where, {**identity, "rows": texts})
@@ -267,18 +284,15 @@ def score(
     with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="row", desc=name, mininterval=1.0) as bar:
         for start in range(0, len(todo), settings.batch_size):
             part_ = todo[start : start + settings.batch_size]
-            output.append(
-                {
-                    "uid": one.example.uid,
-                    **({"failed": found} if isinstance(found, str) else {"log_odds": found.tolist()}),
-                }
-                for one, found in zip(part_, scorer(part_), strict=True)
-            )
+            with autocast(run.config.precision, parallel.pick_device(run.config.device)):
+                found = scorer(part_)
+            made = [{"failed": f} if isinstance(f, str) else {"log_odds": f.tolist()} for f in found]
+            output.append({"uid": one.example.uid, **f} for one, f in zip(part_, made, strict=True))
             bar.update(len(part_))
-    made = (json.loads(line) for line in where.read_text(encoding="utf-8").splitlines())
-    found = {row.pop("uid"): row | {"from": identity} for row in made}
-    report_failures(name, found)
-    return found
+    lines = (json.loads(line) for line in where.read_text(encoding="utf-8").splitlines())
+    scored = {row.pop("uid"): row | {"from": identity} for row in lines}
+    report_failures(name, scored)
+    return scored
 
 
 def report_failures(name: str, found: dict[str, dict[str, Any]]) -> None:
