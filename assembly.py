@@ -8,182 +8,30 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from config.compose import NOT_IDENTITY, Run, recorded
-from data.files import ReadSettings
-from data.names import dataset_module
+from config.compose import NOT_IDENTITY, Run
 from data.passport import passport
-from data.plan import Plan, micro_batches
-from data.schema import Example, Row
-from engine import checkpoint, models, parallel, preferences, reference, results, rundir, scoring
+from data.plan import Plan
+from data.schema import Row
+from engine import checkpoint, models, parallel, results, rundir
 from engine.evaluation import Evaluator
-from engine.fresh_pairs import FreshPairs, FunctionPreference
 from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
 from engine.parallel import World
 from engine.samples import Sampler
-from engine.selection import row_losses
-from losses.types import Loss
-from preference_datasets import Counts, Tokenization, sft_examples, tokenize
-from trainers import Parts, Trainer, autocast
+from run_data import Data, build_plan, load_data
+from run_models import RunModels, describe, verify_scorer
+from trainers import Parts, Trainer
 from utils import UserError, git_facts, log, versions, write_atomic
 
 ROOT = Path(__file__).resolve().parent
-HOLDOUT_TOKENS = 16384  # tokens scored together when all training rows are
-disable_progress_bar()  # of every small file that transformers writes
-
-
-# ---------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Data:
-    """Rows per split, and what they came from. ``examples`` are those the rows were made of, same order."""
-
-    groups: tuple[str, ...]
-    datasets: tuple[str, ...]
-    rows: dict[str, list[Row]]
-    examples: dict[str, list[Example]]
-    source: dict[str, list[int]]  # split -> index into ``datasets`` of each row
-    counts: Counts
-
-
-def load_examples(run: Run) -> dict[str, list[list[Example]]]:
-    """split -> one list per entry of ``datasets``."""
-    found: dict[str, list[list[Example]]] = {}
-    common = {
-        "on_bad_row": run.config.data.on_bad_row,
-        "max_bad_fraction": run.config.data.max_bad_fraction,
-    }
-    for spec in run.datasets:
-        settings = spec.settings
-        if isinstance(settings, ReadSettings):
-            common["rejected_path"] = str(Path(run.config.run_dir) / f"rejected-{spec.name}.jsonl")
-            settings = replace(settings, **{k: v for k, v in common.items() if getattr(settings, k) is None})
-        for split, examples in dataset_module(spec.source).load(spec.name, settings, run.config.seed).items():
-            found.setdefault(split, [[] for _ in run.datasets])[run.datasets.index(spec)] = examples
-    return found
-
-
-def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
-    """Read and tokenise every split for what ``loss`` needs (default: the run's)."""
-    loss = loss or run.loss
-    needs = loss.needs
-    by_split = load_examples(run)
-    if "target" in needs.policy:
-        by_split = {s: [sft_examples(e, loss.sft_on) for e in lists] for s, lists in by_split.items()}
-    groups = tuple(dict.fromkeys(e.group for lists in by_split.values() for part in lists for e in part))
-    roles = tuple(dict.fromkeys((*needs.policy, *needs.reference)))
-    rows: dict[str, list[Row]] = {}
-    kept: dict[str, list[Example]] = {}
-    source: dict[str, list[int]] = {}
-    counts = Counts()
-    for split, lists in by_split.items():
-        rows[split], kept[split], source[split] = [], [], []
-        for i, (spec, examples) in enumerate(zip(run.datasets, lists, strict=True)):
-            check_columns(examples, needs.scalars, spec.name, split)
-            made = tokenize(
-                examples,
-                tokenizer,
-                tokenization(run, spec),
-                groups=groups,
-                roles=roles,
-                optional_roles=needs.optional_roles,
-                counts=counts,
-            )
-            by_uid = {e.uid: e for e in examples}
-            rows[split] += made
-            kept[split] += [by_uid[row.uid] for row in made]
-            source[split] += [i] * len(made)
-    counts.log()
-    if not rows.get("train") and not run.config.eval_only_once:
-        raise UserError(f"datasets={run.config.datasets}: no training rows are left; see the counts above")
-    return Data(groups, tuple(s.name for s in run.datasets), rows, kept, source, counts)
-
-
-def tokenization(run: Run, spec: Any) -> Tokenization:
-    config = run.config
-    return Tokenization(
-        bos=config.data.bos,
-        mode=config.data.tokenize,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        truncation=config.truncation or spec.settings.truncation_mode,
-    )
-
-
-def check_columns(examples: Sequence[Example], scalars: Sequence[str], name: str, split: str) -> None:
-    """Every row must have the columns that the loss needs."""
-    for example in examples:
-        for column in scalars:
-            if column not in example.scalars:
-                raise UserError(
-                    f"{example.uid}: column {column!r} is missing, which this loss needs; "
-                    f"{name}/{split} has {sorted(example.scalars) or 'no such columns'}"
-                )
-
-
-def build_plan(run: Run, data: Data) -> Plan:
-    """The batch plan: plain epochs, weighted mixtures of data sets, or groups drawn uniformly."""
-    config, rows = run.config, data.rows["train"]
-    strata, probs = None, None
-    if config.weighted_batches:
-        strata, probs = [row.group for row in rows], [1.0] * len(data.groups)
-    elif config.data.mix_weights is not None:
-        strata = data.source["train"]
-        probs = [config.data.mix_weights[name] for name in data.datasets]
-    return Plan(
-        rows,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        n_epochs=config.n_epochs,
-        n_examples=config.n_examples,
-        sep_pairs=config.sep_pairs,
-        strata=strata,
-        strata_probs=probs,
-        num_groups=len(data.groups),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- models
-
-
-def build_scorer(run: Run, model: torch.nn.Module, output: models.Output | None = None) -> scoring.Scorer:
-    """``output``: what the model's head gives; None: what the loss needs of the policy."""
-    s, output = run.config.scoring, output or run.loss.needs.output
-    scorer = scoring.Scorer(model, layout=s.layout, output=output, chunk_tokens=s.chunk_tokens)
-    if scorer.fallback_reason:
-        log.info("scoring.layout=%s is not possible here, using padded: %s", s.layout, scorer.fallback_reason)
-    return scorer
-
-
-def verify_scorer(run: Run, scorer: scoring.Scorer, rows: Sequence[Row]) -> None:
-    """Score a first few rows both ways; refuse to go on past the tolerance."""
-    from data.schema import Batch
-
-    if run.config.scoring.verify and rows:
-        exact = next(scorer.parameters()).dtype == torch.float64
-        gap = scoring.verify(
-            scorer,
-            Batch.collate(list(rows[:4])),
-            run.loss.needs.policy,
-            1e-9 if exact else run.config.scoring.tolerance,
-        )
-        log.info(
-            "scoring: %s agrees with plain full-logits scoring to %.1e nats per token", scorer.layout, gap
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- the run
 
 
 @dataclass(frozen=True)
@@ -226,8 +74,6 @@ class _Session:
         self.config, self.spec, self.loss = run.config, run.model, run.loss
         self.run_, self.run_dir, self.world, self.stack = run, run_dir, world, stack
         self.started = time.time()
-        self.reference_weights: str | None = None
-        self.preference_weights: str | None = None
         self.trainer: Trainer | None = None
 
     def enter(self) -> dict[str, Any] | None:
@@ -256,194 +102,19 @@ class _Session:
         return load_data(self.run_, self.tokenizer)
 
     @cached_property
+    def models(self) -> RunModels:
+        return RunModels(self.run_, self.world, self.tokenizer, self.data)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.models.scorer.model
+
+    @cached_property
     def eval_rows(self) -> dict[str, list[Row]]:
         rows = {s: r for s, r in self.data.rows.items() if s != "train" or self.config.eval_train_data}
         if not any(rows.values()):
             log.warning("there are no evaluation rows")
         return rows
-
-    def build_policy(self, device: torch.device | str) -> torch.nn.Module:
-        return models.build_policy(
-            self.spec,
-            archive=self.spec.archive,
-            output=self.loss.needs.output,
-            dim=self.loss.needs.dim,
-            seed=self.config.seed,
-            device=device,
-            tokenizer=self.tokenizer,
-        )
-
-    @cached_property
-    def scorer(self) -> scoring.Scorer:
-        """The policy, ready to be trained."""
-        needs = self.loss.needs
-        model = self.build_policy(self._where_to_build(needs.output, needs.dim))
-        if self.config.activation_checkpointing:
-            models.enable_activation_checkpointing(model)
-        return self._spread(build_scorer(self.run_, model), needs.output)
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self.scorer.model
-
-    @cached_property
-    def reference_scorer(self) -> scoring.Scorer:
-        """The frozen reference as a model of its own (LoRA has none: its adapter is switched off)."""
-        model = models.build_reference(
-            self.spec,
-            archive=self.spec.archive,
-            seed=self.config.seed,
-            device=self._where_to_build("logps"),
-            tokenizer=self.tokenizer,
-        )
-        return self._spread(build_scorer(self.run_, model, "logps"), "logps")
-
-    def holdout_losses(self, tuned: str, start: str) -> np.ndarray:
-        """(N,) losses of the training rows under two fixed models, which are dropped afterwards; see engine.selection."""
-        rows, fsdp = self.data.rows["train"], self.world.mode == "fsdp"
-
-        def frozen(archive: str) -> Callable:
-            model = models.build_reference(
-                self.spec,
-                archive=archive,
-                seed=self.config.seed,
-                device="cpu" if fsdp else self.world.device,
-                tokenizer=self.tokenizer,
-            )
-            return reference.LiveReference(self._spread(build_scorer(self.run_, model), "logps"))
-
-        log.info("data_selection: losses of %d training rows under the holdout models", len(rows))
-        with autocast(self.config.precision, self.world.device):
-            return row_losses(
-                rows,
-                micro_batches(rows, np.arange(len(rows)), tokens=HOLDOUT_TOKENS),
-                world=self.world,
-                loss=self.loss,
-                policy=frozen(tuned),
-                reference=frozen(start),
-            )
-
-    def _where_to_build(self, output: models.Output, dim: int | None = None) -> torch.device | str:
-        """On its device; for FSDP without values where that is possible, else on the CPU."""
-        if self.world.mode != "fsdp":
-            return self.world.device
-        return "meta" if models.can_defer(self.spec, output, dim) else "cpu"
-
-    def _spread(self, scorer: scoring.Scorer, output: models.Output) -> scoring.Scorer:
-        """Under FSDP: slices on every rank, read from disk if they have no values yet."""
-        if self.world.mode != "fsdp":
-            return scorer
-        if self.spec.quantization is not None:
-            raise UserError(f"model.quantization={self.spec.quantization}: cannot be sharded; use DDPTrainer")
-        deferred = next(scorer.parameters()).is_meta
-        half, offload = self.spec.fsdp_policy_mp, self.config.trainer.cpu_offload
-        parallel.shard(
-            scorer,
-            block_name=self.spec.block_name,
-            param_dtype=models.DTYPES[half] if half else None,
-            device=self.world.device,
-            cpu_offload=offload,
-        )
-        if deferred:
-            parallel.materialize(scorer, self.world.device, "cpu" if offload else self.world.device)
-            archive = self.spec.archive
-            models.fill(scorer.model, self.spec, archive=archive, output=output, seed=self.config.seed)
-        return scorer
-
-    def build_reference(self, scorer: scoring.Scorer, resumed: Mapping[str, Any] | None) -> Callable | None:
-        """Reference log-probs: cached (computed before the first step, by the policy itself where that is the same
-        model), adapter-off, or live."""
-        config, needs = self.config, self.loss.needs
-        if not needs.reference:
-            return None
-        lora = models.is_peft(scorer.model)
-        same = lora or (resumed is None and self.spec.policy_dtype == self.spec.reference_dtype)
-
-        def live() -> Callable:
-            if lora:
-                return reference.AdapterOffReference(scorer, scorer.model)
-            return reference.LiveReference(self.reference_scorer)
-
-        passes = 0 if config.eval_only_once else self.plan.num_examples / len(self.data.rows["train"])
-        # fresh pairs are not known before they are drawn
-        if (
-            config.reference == "live"
-            or config.fresh_pairs.num_pairs
-            or (config.reference == "auto" and passes < 1)
-        ):
-            return live()
-        self.reference_weights = resumed["reference_weights"] if resumed else self._weights_hash(scorer.model)
-        cache = reference.CachedReference(
-            config.reference_cache,
-            weights=self.reference_weights,
-            kernel=f"{reference.kernel_id(scorer)}/{config.precision}",
-            dtype=models.DTYPES[self.spec.reference_dtype],
-            device=self.world.device,
-            scorer_factory=(lambda: reference.LiveReference(scorer)) if same and not lora else live,
-        )
-        rows = [row for split, part in self.rows_to_score.items() for row in part]
-        with autocast(config.precision, self.world.device):
-            cache.fill(
-                rows, needs.reference, world=self.world, check=0 if resumed else config.reference_check
-            )
-        scorer.train()
-        return cache
-
-    def build_fresh_pairs(self, scorer: scoring.Scorer) -> FreshPairs | None:
-        """What draws and scores auxiliary pairs at every epoch, if the run wants that."""
-        how, config = self.config.fresh_pairs, self.config
-        if not how.num_pairs or config.eval_only_once:
-            return None
-        if how.scorer == "function":
-            examples = {example.uid: example for example in self.data.examples["train"]}
-            preference = FunctionPreference(how.function, examples, self.tokenizer)
-        else:
-            preference, self.preference_weights = self.load_preference(how.scorer, how.model)
-
-        @contextlib.contextmanager
-        def frozen() -> Iterator[torch.nn.Module]:
-            if models.is_peft(scorer.model) and self.loss.needs.output == "logps":
-                with reference.adapter_off(scorer.model):
-                    yield scorer.model
-            else:
-                yield self.reference_scorer.model
-
-        return FreshPairs(
-            reference=frozen,
-            tokenizer=self.tokenizer,
-            preference=preference,
-            num_pairs=how.num_pairs,
-            temperature=how.temperature,
-            max_length=config.max_length,
-            max_new_tokens=how.max_new_tokens,
-            batch_size=how.batch_size,
-            seed=config.seed,
-        )
-
-    def load_preference(self, scorer: str, archive: str) -> tuple[preferences.ModelPreference, str]:
-        """The reward or general preference model of a run, and the hash of its weights."""
-        found = recorded(archive)
-        if found is None or found[0].needs.output != preferences.OUTPUTS[scorer]:
-            raise UserError(f"fresh_pairs.model={archive}: is no run trained with loss={scorer}")
-        loss, spec = found
-        tau, layout = (loss.tau if scorer == "gpm" else None), self.config.scoring.layout
-        return preferences.load(
-            spec,
-            archive,
-            loss.needs,
-            tau=tau,
-            device=self.world.device,
-            tokenizer=self.tokenizer,
-            layout=layout,
-        )
-
-    def _weights_hash(self, model: torch.nn.Module) -> str:
-        if models.is_peft(model):
-            adapter = models.REFERENCE_ADAPTER if models.REFERENCE_ADAPTER in model.peft_config else None
-            return models.weights_hash(model, adapter)
-        if self.spec.policy_dtype == self.spec.reference_dtype:
-            return models.weights_hash(model)
-        return models.weights_hash(self.reference_scorer.model)
 
     @cached_property
     def rows_to_score(self) -> dict[str, list[Row]]:
@@ -454,6 +125,11 @@ class _Session:
     @cached_property
     def plan(self) -> Plan:
         return build_plan(self.run_, self.data)
+
+    @property
+    def passes(self) -> float:
+        """How often the training rows will be asked about."""
+        return 0.0 if self.config.eval_only_once else self.plan.num_examples / len(self.data.rows["train"])
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -522,11 +198,11 @@ class _Session:
     def build_trainer(self, found: checkpoint.Checkpoint | None) -> Trainer:
         config, world = self.config, self.world
         state = found.state if found else None
-        scorer = self.scorer
+        scorer = self.models.scorer
         if found is None:
             verify_scorer(self.run_, scorer, self.first_rows())
             log.info("model: %s", describe(self.model))
-        ref = self.build_reference(scorer, state)
+        ref = self.models.build_reference(self.rows_to_score, self.passes, state)
         if found is not None:
             self.read_model(found.path)
         parameters = [p for p in scorer.parameters() if p.requires_grad]
@@ -545,7 +221,7 @@ class _Session:
         steps = self.plan.num_steps
         warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
         schedule = Schedule(config.lr, warmup, steps, config.lr_schedule)
-        fresh_pairs = self.build_fresh_pairs(scorer)
+        fresh_pairs = self.models.build_fresh_pairs()
         facts = self.facts()
         if found is not None:
             self.report_resume(found, facts)
@@ -573,9 +249,9 @@ class _Session:
                 model_writer=self.model_writer,
                 read_model=self.read_model,
                 facts=facts,
-                extra_state={"reference_weights": self.reference_weights},
+                extra_state={"reference_weights": self.models.reference_weights},
                 selector=self.run_.data_selection.build(
-                    config.selected_batch_size, config.seed, self.holdout_losses
+                    config.selected_batch_size, config.seed, self.models.holdout_losses
                 ),
                 fresh_pairs=fresh_pairs,
             ),
@@ -602,7 +278,7 @@ class _Session:
         """Rank 0, after the last save: the merged model beside the adapter."""
         model = self.model
         if self.world.mode == "fsdp":  # here are slices only
-            model = self.build_policy("cpu")
+            model = self.models.build_policy("cpu")
             models.restore(model, self.run_dir / f"step-{examples}")
         models.merge_lora(model, self.tokenizer, self.run_dir / "merged")
 
@@ -618,7 +294,7 @@ class _Session:
             "threads": torch.get_num_threads(),
             "device": str(self.world.device.type),
             "versions": versions(),
-            "preferences": self.preference_weights,
+            "preferences": self.models.preference_weights,
             "git": git_facts(ROOT),
         }
 
@@ -678,7 +354,7 @@ class _Session:
                 rows=self.eval_rows.get(split, []),
                 groups=self.data.groups,
                 tokenizer=self.tokenizer,
-                reference=(lambda: self.reference_scorer) if self.loss.needs.reference else None,
+                reference=(lambda: self.models.reference_scorer) if self.loss.needs.reference else None,
                 write=log_samples,
                 num_prompts=config.n_eval_model_samples,
                 max_new_tokens=config.sample_max_new_tokens or config.max_length - config.max_prompt_length,
@@ -722,9 +398,3 @@ class _Session:
         if name is None:
             name = next((f"{done.prefix}/loss" for done in trainer.last_evaluation.values()), None)
         return flat.get(name) if name else None
-
-
-def describe(model: torch.nn.Module) -> str:
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{type(model).__name__}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-import assembly
+import run_data
+import run_models
 from commands import rows as jsonl
 from commands import two_sample
 from commands.cli import Output, entry, use_threads
@@ -75,7 +76,7 @@ def run(run: Run, settings: Settings) -> None:
             settings.top_p,
         )
     tokenizer = models.load_tokenizer(run.model)
-    data = assembly.load_data(run, tokenizer, DPO(beta=1.0))
+    data = run_data.load_data(run, tokenizer, DPO(beta=1.0))
     stray = [split for split in settings.splits if split not in data.rows]
     if stray:
         raise UserError(
@@ -94,7 +95,7 @@ def run(run: Run, settings: Settings) -> None:
     advise_truncation(run)
     for split in settings.splits:
         if settings.check:
-            scorer = assembly.build_scorer(run, model, "logps")
+            scorer = run_models.build_scorer(run, model, "logps")
             with autocast(config.precision, device):
                 check_laws(run, settings, split, scorer, tokenizer)
 
@@ -162,7 +163,7 @@ def sample_split(
 
 def tokenization(run: Run) -> Tokenization:
     """How the run reads its first data set."""
-    return assembly.tokenization(run, run.datasets[0])
+    return run_data.tokenization(run, run.datasets[0])
 
 
 def as_text(
@@ -296,7 +297,7 @@ def with_vllm(run: Run, settings: Settings) -> Draw:
 
 def advise_truncation(run: Run) -> None:
     """The files are read as datasets=[local], whose rule of truncation may differ from that of the source."""
-    used = {assembly.tokenization(run, spec).truncation for spec in run.datasets}
+    used = {run_data.tokenization(run, spec).truncation for spec in run.datasets}
     if used != {"keep_start"} and run.config.truncation is None:
         log.info("train on these files with truncation=%s, as here", ", ".join(sorted(used)))
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 import assembly
+import run_data
 from commands.cli import entry, use_threads
 from commands.judge import JudgeSettings, plain_text
 from commands.sample import as_text
@@ -123,7 +124,7 @@ class Session:
             self.archives[AGAINST] = settings.against
         self.loss = scoring_loss(run.model.archive, settings.beta)
         self.tokenizer = models.load_tokenizer(run.model)
-        self.data = assembly.load_data(run, self.tokenizer, self.loss)
+        self.data = run_data.load_data(run, self.tokenizer, self.loss)
         for split in settings.splits:
             if not self.data.rows.get(split):
                 raise UserError(
@@ -259,7 +260,7 @@ class Session:
             keys=[(row.uid, name, into["sample"]) for row, into in zip(rows, self.samples, strict=True)],
             batch_size=config.eval_batch_size,
         )
-        how = assembly.tokenization(self.run, self.run.datasets[0])
+        how = run_data.tokenization(self.run, self.run.datasets[0])
         for row, into, sample in zip(rows, self.samples, drawn, strict=True):
             into[name], into[f"{name}_finished"] = as_text(sample, row.prompt, self.tokenizer, how)
             into[f"{name}_tokens"] = len(sample.ids)

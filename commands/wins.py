@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-import assembly
+import run_data
 from commands import rows as jsonl
 from commands.calibration import sigmoid
 from commands.judge import Judge, JudgeSettings, Question
@@ -135,6 +135,6 @@ def reward_scorer(run: Run, archive: str) -> ModelScorer:
         tokenizer=tokenizer,
         layout=run.config.scoring.layout,
     )
-    how = assembly.tokenization(run, run.datasets[0])
+    how = run_data.tokenization(run, run.datasets[0])
     identity = {"model": spec.name, "weights": weights, "tokens": content_hash(asdict(how))[:16]}
     return ModelScorer(preference, tokenizer, how, identity)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from assembly import tokenization
 from commands.cli import entry, use_threads
 from config.compose import Run
 from data import optima
@@ -24,6 +23,7 @@ from engine.scoring import Scorer
 from losses.pairwise import DPO, IPO, Hinge, PairwiseLoss, RDPONoise
 from losses.vrpo import BASES, VarianceReduced
 from preference_datasets import Counts, Tokenization, tokenize
+from run_data import tokenization
 from utils import UserError
 from weighting import GroupRobust
 

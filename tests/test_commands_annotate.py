@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import run_data
 from commands import annotate, calibration, oracles, scorers
 from commands import rows as jsonl
 from commands.annotate import Settings
@@ -104,7 +105,7 @@ def test_scores_of_a_function_become_preferences(folder):
         assert row["annotation"]["function"] == f"{HERE}:lengths"
         assert {k: v for k, v in row.items() if k in before} == before
     run = run_of(folder, data=local(folder / "out")[:2])
-    assert len(annotate.assembly.load_examples(run)["train"][0]) > 0
+    assert len(run_data.load_examples(run)["train"][0]) > 0
 
 
 def test_probabilities_of_a_function_are_averaged_over_both_orders(folder):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp, kstwobign
 
-import assembly
+import run_data
+import run_models
 from commands import rows as jsonl
 from commands import sample, two_sample
 from commands.sample import Settings
@@ -45,7 +46,7 @@ def drawn(tmp_path_factory) -> Path:
 def test_rows_carry_the_labelled_pair_and_2m_responses(drawn):
     rows = rows_of(drawn / "out" / "train.jsonl")
     run = run_of(drawn)
-    (examples,) = assembly.load_examples(run)["train"]
+    (examples,) = run_data.load_examples(run)["train"]
     assert len(rows) == 24 == len({row["uid"] for row in rows})
     for row, example in zip(rows, examples, strict=True):
         assert (row["uid"], row["prompt"], row["group"]) == (example.uid, example.prompt, example.group)
@@ -63,7 +64,7 @@ def test_rows_carry_the_labelled_pair_and_2m_responses(drawn):
 def test_what_is_drawn_is_a_function_of_seed_uid_and_index_alone(drawn, tmp_path):
     run = run_of(drawn)
     tokenizer = models.load_tokenizer(run.model)
-    data = assembly.load_data(run, tokenizer, VarianceReduced(0.1))
+    data = run_data.load_data(run, tokenizer, VarianceReduced(0.1))
     model = models.build_reference(run.model, device="cpu", tokenizer=tokenizer)
     row = data.rows["train"][5]
     alone = sampling.generate(
@@ -92,7 +93,7 @@ def test_what_is_drawn_is_a_function_of_seed_uid_and_index_alone(drawn, tmp_path
 def test_training_reads_them_with_an_eos_only_where_the_model_ended(drawn):
     run = run_of(drawn, data=local(drawn / "out"))
     tokenizer = models.load_tokenizer(run.model)
-    data = assembly.load_data(run, tokenizer, VarianceReduced(0.1))
+    data = run_data.load_data(run, tokenizer, VarianceReduced(0.1))
     seen = {True: 0, False: 0}
     for row, written in zip(data.rows["train"], rows_of(drawn / "out" / "train.jsonl"), strict=True):
         assert row.roles == ("chosen", "rejected", *("aux_1", "aux_2") * 2)
@@ -108,7 +109,7 @@ def test_a_response_may_take_the_room_that_the_prompt_leaves(tmp_path):
     run = run_of(tmp_path, "data.opinions.num_train=8")
     sample.run(run, Settings(out=str(tmp_path / "out"), check=0))
     tokenizer = models.load_tokenizer(run.model)
-    data = assembly.load_data(run_of(tmp_path, data=local(tmp_path / "out")), tokenizer, VarianceReduced(0.1))
+    data = run_data.load_data(run_of(tmp_path, data=local(tmp_path / "out")), tokenizer, VarianceReduced(0.1))
     for row in data.rows["train"]:
         assert len(row.prompt) + max(map(len, row.responses)) <= 96
     limits = {sample.room(row, run, Settings(out="x")) for row in data.rows["train"]}
@@ -217,7 +218,7 @@ def test_labelled_responses_of_another_law_are_noticed(drawn, caplog):
     found = json.loads((drawn / "out" / "two_sample-train.json").read_text())
     assert found["differs"] and found["num_rows"] == 24  # letters, against the garbage of an untrained model
     assert found["gap"] > 5 and found["statistics"][0]["name"] == "tokens"
-    scorer = assembly.build_scorer(run, models.build_reference(run.model, device="cpu"))
+    scorer = run_models.build_scorer(run, models.build_reference(run.model, device="cpu"))
     labelled = jsonl.read(drawn / "out" / "train.jsonl")
     with caplog.at_level(logging.WARNING, "robust_pref"):
         logger = logging.getLogger("robust_pref")

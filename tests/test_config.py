@@ -196,6 +196,8 @@ def _config_attributes() -> set[str]:
     names = set()
     for path in [
         ROOT / "assembly.py",
+        ROOT / "run_data.py",
+        ROOT / "run_models.py",
         ROOT / "trainers.py",
         ROOT / "train.py",
         *(ROOT / "config").glob("*.py"),

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import assembly
+import run_data
 from config.compose import CONFIG_DIR, compose
 from utils import UserError
 
@@ -89,7 +90,7 @@ def test_the_checkpoint_opens_in_plain_transformers_with_the_same_log_probs(tmp_
     model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "LATEST")
     run = compose([*SMALL, "loss=dpo", "loss.beta=0.1", f"model.archive={sft}"])
-    row = assembly.load_data(run, tokenizer).rows["test"][0]
+    row = run_data.load_data(run, tokenizer).rows["test"][0]
     ids = torch.tensor(np.concatenate([row.prompt, row.responses[0]]))[None].long()
     with torch.no_grad():
         logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]

@@ -14,6 +14,7 @@ from engine.selection import RHOLoss, UniformSelection
 from losses.pairwise import DPO, IPO
 from losses.sft import SFT
 from losses.vrpo import VarianceReduced
+from run_models import RunModels
 from tests.trainer_tools import GROUPS, make_rows, make_trainer, parameters
 from utils import UserError
 from weighting import GroupRobust
@@ -163,14 +164,14 @@ def test_a_continued_run_chooses_the_same_rows(tmp_path, tuned):
 
 def test_the_irreducible_losses_are_those_the_tuned_run_ended_with(tmp_path, tuned, monkeypatch):
     seen = {}
-    original = assembly._Session.holdout_losses
+    original = RunModels.holdout_losses
 
     def spy(self, *archives):
         found = original(self, *archives)
         seen.update(zip((row.uid for row in self.data.rows["train"]), found.tolist(), strict=True))
         return found
 
-    monkeypatch.setattr(assembly._Session, "holdout_losses", spy)
+    monkeypatch.setattr(RunModels, "holdout_losses", spy)
     start(tmp_path, *rho(tuned), "n_examples=16")
     records = map(json.loads, (tuned / "records" / "train_eval-48.jsonl").read_text().splitlines())
     expected = {record["uid"]: record["loss"] for record in records}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import assembly
+import run_data
 from commands import annotate, sample
 from data.schema import Batch
 from engine import models, reference
@@ -83,7 +84,7 @@ def test_two_stages_and_the_group_robust_weighting_run_to_the_end(way):
 def scored_rows(way: Path):
     run = run_of(way, *VRPO, archive_of(way), data=local(way / "a"))
     tokenizer = models.load_tokenizer(run.model)
-    data = assembly.load_data(run, tokenizer)
+    data = run_data.load_data(run, tokenizer)
     model = models.build_reference(run.model, archive=run.model.archive, device="cpu", tokenizer=tokenizer)
     return run, data.rows["train"], model
 
@@ -155,7 +156,7 @@ def fresh(way: Path, *words: str):
     run = run_of(way, *FRESH, archive_of(way), f"fresh_pairs.model={way}/runs/rm/LATEST", *words)
     world = World(0, 1, torch.device("cpu"), "none")
     session = assembly._Session(run, way / "runs" / "fresh", world, contextlib.ExitStack())
-    return session.build_fresh_pairs(session.scorer), session
+    return session.models.build_fresh_pairs(), session
 
 
 def test_every_epoch_draws_other_pairs_and_scores_them_with_the_reward_model(way):
@@ -221,7 +222,7 @@ def test_a_function_may_score_fresh_pairs_and_stale_ones_in_the_data_are_not_use
     rows = session.data.rows["train"][:2]
     assert len(rows[0].responses) == 6
     decode = session.tokenizer.decode
-    for row in session.build_fresh_pairs(session.scorer)(rows, 3):
+    for row in session.models.build_fresh_pairs()(rows, 3):
         texts = [decode(ids, skip_special_tokens=True) for ids in row.responses]
         preferences = [row.scalars["chosen_preference"], *row.response_scalars["aux_preference"][2::2]]
         gaps = [len(a) - len(b) for a, b in zip(texts[::2], texts[1::2], strict=True)]

@@ -152,9 +152,9 @@ def test_other_data_under_the_same_settings_is_refused(tmp_path, change):
     def patch(rank: int) -> None:
         import dataclasses
 
-        import assembly
+        import run_data
 
-        load = assembly.load_examples
+        load = run_data.load_examples
 
         def changed(run):
             found = load(run)
@@ -169,7 +169,7 @@ def test_other_data_under_the_same_settings_is_refused(tmp_path, change):
                 del examples[3]
             return found
 
-        assembly.load_examples = changed
+        run_data.load_examples = changed
 
     (child,) = start(words(run_dir), patch=patch)
     assert child.wait() == 2, child.text

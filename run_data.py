@@ -1,0 +1,126 @@
+"""The data of a run: rows of every split, tokenised for what the loss needs, and the batch plan over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config.compose import Run
+from data.files import ReadSettings
+from data.names import dataset_module
+from data.plan import Plan
+from data.schema import Example, Row
+from losses.types import Loss
+from preference_datasets import Counts, Tokenization, sft_examples, tokenize
+from utils import UserError
+
+
+@dataclass
+class Data:
+    """Rows per split, and what they came from. ``examples`` are those the rows were made of, same order."""
+
+    groups: tuple[str, ...]
+    datasets: tuple[str, ...]
+    rows: dict[str, list[Row]]
+    examples: dict[str, list[Example]]
+    source: dict[str, list[int]]  # split -> index into ``datasets`` of each row
+    counts: Counts
+
+
+def load_examples(run: Run) -> dict[str, list[list[Example]]]:
+    """split -> one list per entry of ``datasets``."""
+    found: dict[str, list[list[Example]]] = {}
+    common = {
+        "on_bad_row": run.config.data.on_bad_row,
+        "max_bad_fraction": run.config.data.max_bad_fraction,
+    }
+    for spec in run.datasets:
+        settings = spec.settings
+        if isinstance(settings, ReadSettings):
+            common["rejected_path"] = str(Path(run.config.run_dir) / f"rejected-{spec.name}.jsonl")
+            settings = replace(settings, **{k: v for k, v in common.items() if getattr(settings, k) is None})
+        for split, examples in dataset_module(spec.source).load(spec.name, settings, run.config.seed).items():
+            found.setdefault(split, [[] for _ in run.datasets])[run.datasets.index(spec)] = examples
+    return found
+
+
+def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
+    """Read and tokenise every split for what ``loss`` needs (default: the run's)."""
+    loss = loss or run.loss
+    needs = loss.needs
+    by_split = load_examples(run)
+    if "target" in needs.policy:
+        by_split = {s: [sft_examples(e, loss.sft_on) for e in lists] for s, lists in by_split.items()}
+    groups = tuple(dict.fromkeys(e.group for lists in by_split.values() for part in lists for e in part))
+    roles = tuple(dict.fromkeys((*needs.policy, *needs.reference)))
+    rows: dict[str, list[Row]] = {}
+    kept: dict[str, list[Example]] = {}
+    source: dict[str, list[int]] = {}
+    counts = Counts()
+    for split, lists in by_split.items():
+        rows[split], kept[split], source[split] = [], [], []
+        for i, (spec, examples) in enumerate(zip(run.datasets, lists, strict=True)):
+            check_columns(examples, needs.scalars, spec.name, split)
+            made = tokenize(
+                examples,
+                tokenizer,
+                tokenization(run, spec),
+                groups=groups,
+                roles=roles,
+                optional_roles=needs.optional_roles,
+                counts=counts,
+            )
+            by_uid = {e.uid: e for e in examples}
+            rows[split] += made
+            kept[split] += [by_uid[row.uid] for row in made]
+            source[split] += [i] * len(made)
+    counts.log()
+    if not rows.get("train") and not run.config.eval_only_once:
+        raise UserError(f"datasets={run.config.datasets}: no training rows are left; see the counts above")
+    return Data(groups, tuple(s.name for s in run.datasets), rows, kept, source, counts)
+
+
+def tokenization(run: Run, spec: Any) -> Tokenization:
+    config = run.config
+    return Tokenization(
+        bos=config.data.bos,
+        mode=config.data.tokenize,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation=config.truncation or spec.settings.truncation_mode,
+    )
+
+
+def check_columns(examples: Sequence[Example], scalars: Sequence[str], name: str, split: str) -> None:
+    """Every row must have the columns that the loss needs."""
+    for example in examples:
+        for column in scalars:
+            if column not in example.scalars:
+                raise UserError(
+                    f"{example.uid}: column {column!r} is missing, which this loss needs; "
+                    f"{name}/{split} has {sorted(example.scalars) or 'no such columns'}"
+                )
+
+
+def build_plan(run: Run, data: Data) -> Plan:
+    """The batch plan: plain epochs, weighted mixtures of data sets, or groups drawn uniformly."""
+    config, rows = run.config, data.rows["train"]
+    strata, probs = None, None
+    if config.weighted_batches:
+        strata, probs = [row.group for row in rows], [1.0] * len(data.groups)
+    elif config.data.mix_weights is not None:
+        strata = data.source["train"]
+        probs = [config.data.mix_weights[name] for name in data.datasets]
+    return Plan(
+        rows,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        sep_pairs=config.sep_pairs,
+        strata=strata,
+        strata_probs=probs,
+        num_groups=len(data.groups),
+    )
