@@ -34,6 +34,19 @@ class Claim:
     at_least: float | None = None
     at_most: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.at_least is None and self.at_most is None:
+            raise UserError(
+                f"claim {self.text!r}: give at_least or at_most; without a bound nothing is claimed"
+            )
+
+    @property
+    def bound(self) -> str:
+        """The bounds as text."""
+        if self.at_least is not None and self.at_most is not None:
+            return f"in [{self.at_least:g}, {self.at_most:g}]"
+        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
     def verdict(self, interval: Interval) -> str:
         """agrees | undecided | disagrees"""
         low = -np.inf if self.at_least is None else self.at_least
@@ -135,11 +148,7 @@ class Report:
                     "left": claim.left,
                     "right": claim.right or "",
                     "metric": claim.metric,
-                    "bound": " ".join(
-                        f"{sign} {bound:g}"
-                        for sign, bound in ((">=", claim.at_least), ("<=", claim.at_most))
-                        if bound is not None
-                    ),
+                    "bound": claim.bound,
                     "value": interval.estimate,
                     "low": interval.low,
                     "high": interval.high,
@@ -160,9 +169,12 @@ class Report:
                 "%-9s %s: %.4g [%.4g, %.4g] (%s, n=%d)",
                 *(row[k] for k in ("verdict", "claim", "value", "low", "high", "bound", "n")),
             )
-        log.info(
-            "%s: %.0f s, %.0f s of CPU", self.folder, time.monotonic() - self.started, time.process_time()
-        )
+        wall, cpu = time.monotonic() - self.started, time.process_time()
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(
+                json.dumps({"kind": "end", "time": round(wall, 3), "cpu_time": round(cpu, 3)}) + "\n"
+            )
+        log.info("%s: %.0f s, %.0f s of CPU", self.folder, wall, cpu)
 
 
 def _row(values: np.ndarray) -> dict[str, float]:

@@ -197,12 +197,14 @@ def _describe(raw: RawRun, by: Sequence[str], labels: Mapping[str, str]) -> RunI
 
 
 def _automatic(info: RunInfo, by: Sequence[str]) -> str:
-    """The method's label: the values of ``by``, else the loss and (unless its name says so) the weighting."""
+    """The method's label: the values of ``by``, else a bandit's cell, else the loss and (unless its name says so) the weighting."""
     config = info.config
     if by:
         return ", ".join(
             str(config[k]) if k.endswith("name") else f"{k.rpartition('.')[2]}={config[k]}" for k in by
         )
+    if "cell" in config:
+        return str(config["cell"])
     loss, weighting = config.get("loss.name"), config.get("weighting.name")
     if loss is None:
         return re.sub(r"[_-]?s(eed)?[_=-]?\d+$", "", Path(info.run).name) or info.run
@@ -297,17 +299,41 @@ def _runs_under(path: Path) -> list[Path]:
 
 
 def directory_runs(paths: Iterable[str | Path]) -> Iterator[RawRun]:
-    """RawRuns of run directories; names are made distinct by as many parent folders as that takes."""
+    """RawRuns of run directories; names are made distinct by as many parent folders as that takes.
+
+    A bandit experiment's directory holds many runs, one per cell and seed; each is a RawRun of its own.
+    """
     folders = find_runs(paths)
     names = _distinct_names(folders)
     for folder, name in zip(folders, names, strict=True):
-        yield RawRun(
+        run = RawRun(
             name=name,
             source=str(folder),
             config=read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {},
             provenance=_json(folder / "provenance.json"),
             rows=read_rows(folder / "metrics.jsonl"),
             finished=(folder / "results.json").is_file(),
+        )
+        yield from _cells(run) if any("cell" in row for row in run.rows) else [run]
+
+
+def _cells(experiment: RawRun) -> Iterator[RawRun]:
+    """The runs of a bandit experiment: rows with a cell and a seed, which become config and provenance."""
+    parts: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in experiment.rows:
+        if "cell" in row and "seed" in row:
+            measured = {key: value for key, value in row.items() if key not in ("cell", "seed")}
+            parts.setdefault((row["cell"], row["seed"]), []).append(measured)
+    hashes = ("config_hash", "config_hash_no_seed")  # of the whole experiment
+    facts = {key: value for key, value in experiment.provenance.items() if key not in hashes}
+    for (cell, seed), rows in parts.items():
+        yield replace(
+            experiment,
+            name=f"{experiment.name}/{cell}/seed{seed}",
+            config={"cell": cell, **experiment.config},
+            provenance={**facts, "seed": seed},
+            rows=rows,
+            finished=experiment.rows[-1].get("kind") == "end",
         )
 
 
