@@ -179,6 +179,7 @@ class _Session:
         """The data passport: into the log and passport.json, before any model is loaded."""
         if not self.world.is_main:
             return
+        self.report_bare_rows()
         made = passport(
             self.data.rows, self.data.counts, self.data.groups, self.tokenizer, first_batch=self.first_rows()
         )
@@ -190,6 +191,21 @@ class _Session:
             sys.stdout.write(text)
         else:
             log.info("%s", made.summary())
+
+    def report_bare_rows(self) -> None:
+        """How many training rows lack the responses that the loss can do without."""
+        optional, rows = self.loss.needs.optional_roles, self.data.rows.get("train") or []
+        if not optional or self.config.fresh_pairs.num_pairs or self.config.eval_only_once:
+            return
+        bare = sum(not set(optional) & set(row.roles) for row in rows)
+        if bare:
+            say = log.warning if bare == len(rows) else log.info
+            say(
+                "%d of %d training rows have no auxiliary responses and get the plain loss; commands.sample and "
+                "commands.annotate make them, or fresh_pairs.num_pairs",
+                bare,
+                len(rows),
+            )
 
     def first_rows(self) -> list[Row]:
         rows = self.data.rows.get("train") or []

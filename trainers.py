@@ -26,7 +26,7 @@ from data.schema import Batch, Row
 from engine import checkpoint
 from engine.evaluation import Evaluation, Evaluator
 from engine.faults import crash_point
-from engine.guards import NonFiniteGuard, SignalFlag, SpikeGuard
+from engine.guards import Adviser, NonFiniteGuard, SignalFlag, SpikeGuard
 from engine.metrics import MetricsLog
 from engine.optim import Schedule, clip_gradients, optimizer_tensors
 from engine.parallel import World
@@ -91,13 +91,13 @@ class StepSums:
     def sums(self, name: str) -> Tensor:
         return self.tables[name][0]
 
+    def totals(self) -> dict[str, tuple[float, float]]:
+        """(sum, count) over all examples."""
+        return {n: (float(sums.sum()), float(counts.sum())) for n, (sums, counts) in self.tables.items()}
+
     def overall(self) -> dict[str, float]:
         """Means over all examples; what has count 0 is left out."""
-        return {
-            n: float(sums.sum() / counts.sum())
-            for n, (sums, counts) in self.tables.items()
-            if counts.sum() > 0
-        }
+        return {name: total / count for name, (total, count) in self.totals().items() if count > 0}
 
     def means(self, prefix: str, groups: Sequence[str], skip: Sequence[str] = ()) -> dict[str, float]:
         """Means over examples, overall and per group; what has count 0 is left out."""
@@ -129,6 +129,7 @@ class Trainer:
             parts.run_dir, self.config.nonfinite, self.config.max_consecutive_nonfinite
         )
         self.spike = SpikeGuard(self.config.spike_factor, run_dir=parts.run_dir)
+        self.adviser = Adviser(self.loss)
         self.last_evaluation: dict[str, Evaluation] = {}
         self.evaluated_at = -1
         self.logged: list[str] = []  # splits whose evaluation at this count is in metrics.jsonl
@@ -186,6 +187,7 @@ class Trainer:
         if applied:
             self.parts.optimizer.step()
             self.weighting.update(loss_sums, group_counts, num_examples)
+            self.adviser.update(self.step_count + 1, sums.totals(), num_examples)
         self.parts.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         self.examples += drawn
@@ -316,6 +318,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Restore the best weights if asked to, evaluate every split once, save."""
+        self.adviser.judge(self.step_count)
         restored = self.parts.stopper.best_examples() if self.parts.stopper.restores_best else None
         if (
             restored == self.examples or self.restored

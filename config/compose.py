@@ -325,6 +325,11 @@ def _cross_check(run: Run) -> None:
             f"fresh_pairs.num_pairs={config.fresh_pairs.num_pairs}: loss={loss} has no auxiliary pairs; use loss=vrpo or "
             "loss=vrpo_reward"
         )
+    if config.fresh_pairs.num_pairs and getattr(run.loss, "lam", None) == "auto":
+        raise UserError(
+            f"loss.lam=auto fresh_pairs.num_pairs={config.fresh_pairs.num_pairs}: M/(M+1) is for pairs that are drawn once; with "
+            "new ones every epoch E epochs average over about E M pairs: give the number, E M / (E M + 1), or 1"
+        )
     run.data_selection.check(run.loss)
     selection = run.plain["data_selection"]["name"]
     if (selection == "none") != (config.selected_batch_size is None):

@@ -56,6 +56,8 @@ class FreshPairs:
                 seed=self.seed,
                 keys=[(row.uid, "epoch", epoch, i) for row in rows for i in range(number)],
                 batch_size=self.batch_size,
+                # labelled responses end with EOS and nothing else, whatever the generation config ends a turn with
+                stop_ids=[self.tokenizer.eos_token_id],
             )
         made = [self._with(row, drawn[i * number : (i + 1) * number]) for i, row in enumerate(rows)]
         odds = self.preference(made)
@@ -83,7 +85,10 @@ class FreshPairs:
 
 
 class FunctionPreference:
-    """``module:function`` (see ``engine.preferences.function_odds``) on the texts of token rows; ``examples`` by uid."""
+    """``module:function`` (see ``engine.preferences.function_odds``) on the texts of token rows; ``examples`` by uid.
+
+    It is called as function(prompt, responses, row) like a scorer of commands.annotate; row has the labelled pair's columns.
+    """
 
     def __init__(self, path: str, examples: Mapping[str, Example], tokenizer: Any) -> None:
         self.path, self.examples, self.tokenizer = path, examples, tokenizer
@@ -94,10 +99,18 @@ class FunctionPreference:
 
     def _row(self, row: Row) -> np.ndarray:
         example = self.examples[row.uid]
-        drawn = [
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for ids in row.responses[2:]
-        ]
-        texts = [*(example.response(role) for role in LABELLED), *drawn]
-        found = self.function(example.prompt, texts, example)
+        texts = [*(example.response(role) for role in LABELLED), *map(self._text, row.responses[2:])]
+        if not isinstance(example.prompt, str):
+            texts = [({"role": "assistant", "content": t},) if isinstance(t, str) else t for t in texts]
+        columns = {
+            "uid": row.uid,
+            "group": example.group,
+            "weight": example.weight,
+            **example.scalars,
+            **example.meta,
+        }
+        found = self.function(example.prompt, texts, columns)
         return function_odds(found, pair_positions(row.roles), len(texts), f"{row.uid}: {self.path}")
+
+    def _text(self, ids: np.ndarray) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

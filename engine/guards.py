@@ -1,4 +1,4 @@
-"""Watchmen of the loop: numbers that are not finite, sudden spikes, signals. All deterministic, all in the checkpoint."""
+"""Watchmen of the loop: numbers that are not finite, sudden spikes, signals, and what the loss has to say about its metrics."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from losses.types import advice
 from utils import UserError, log, rank, write_atomic
 
 
@@ -134,6 +135,43 @@ class SpikeGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count, self.steps, self.means = state["count"], state["steps"], dict(state["means"])
+
+
+class Adviser:
+    """Logs what the loss advises about the metrics of the last ``window`` training rows or more; each kind of advice once.
+
+    Nothing depends on it, so it is in no checkpoint: a continued run may repeat itself.
+    """
+
+    WINDOW = 1000  # rows
+
+    def __init__(self, loss: Any, window: int = WINDOW) -> None:
+        self.loss, self.window = loss, window
+        self.said: set[str] = set()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.rows = 0
+        self.totals: dict[str, tuple[float, float]] = {}  # name -> sum, count
+
+    def update(self, step: int, totals: Mapping[str, tuple[float, float]], rows: int) -> None:
+        """Take in one step's sums and counts of every metric (global values), and judge when the window is full."""
+        for name, (value, count) in totals.items():
+            before = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = (before[0] + value, before[1] + count)
+        self.rows += rows
+        if self.rows >= self.window:
+            self.judge(step)
+
+    def judge(self, step: int) -> None:
+        """Say what is to be said about the rows since the last time."""
+        means = {name: value / count for name, (value, count) in self.totals.items() if count}
+        found = advice(self.loss, means, {name: count for name, (_, count) in self.totals.items()})
+        for kind, text in found.items():
+            if kind not in self.said:
+                self.said.add(kind)
+                log.warning("step %d: %s", step, text)
+        self._clear()
 
 
 class SignalFlag:

@@ -122,6 +122,18 @@ def derived(loss: Any, means: Mapping[str, float]) -> dict[str, float]:
     return loss.derived(means) if isinstance(loss, Derives) else {}
 
 
+@runtime_checkable
+class Advises(Protocol):
+    """A loss that can tell from its metrics over many examples what is wrong with the run."""
+
+    def advice(self, means: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, str]: ...
+
+
+def advice(loss: Any, means: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, str]:
+    """{kind: what to do}, from the means of ``LossOutput.metrics`` and how many examples each rests on."""
+    return loss.advice(means, counts) if isinstance(loss, Advises) else {}
+
+
 def soft_label(batch: Any, like: Tensor) -> Tensor:
     """(B,) probability that "chosen" is preferred: the column ``p_chosen`` where a row has one, else 1."""
     p = batch.scalars.get("p_chosen")

@@ -13,91 +13,21 @@ averages to zero for every g and every lam, and it lowers the variance when g re
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from data.schema import Batch
+from losses import vrpo_metrics
+from losses.auxiliary import AUX, AuxPairs, aux_pairs
 from losses.pairwise import DPO, IPO, PAIR, Hinge, PairwiseLoss, Ramp, expected, require
 from losses.reward import centring, margin_column
 from losses.types import LossOutput, Needs, Scored, reward_metrics, soft_label
-from utils import UserError
+from losses.vrpo_metrics import Link
 
-AUX = ("aux_1", "aux_2")
 BASES = {"dpo": DPO, "ipo": IPO, "hinge": Hinge, "ramp": Ramp}
 REWARD_BASES = {"bradley_terry": DPO, "hinge": Hinge, "ramp": Ramp}
-Link = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class AuxPairs:
-    """The A auxiliary pairs of a micro-batch of B examples.
-
-    first, second    (A,) positions of aux_1 and aux_2 among the scored responses
-    example          (A,) the example of each pair
-    preference       (A,) g*, the probability that aux_1 is preferred
-    data_preference  (B,) g, the probability that chosen is preferred; 1/2 (unused) where an example has no pair
-    count            (B,) M
-    """
-
-    first: Tensor
-    second: Tensor
-    example: Tensor
-    preference: Tensor
-    data_preference: Tensor
-    count: Tensor
-
-    def mean(self, values: Tensor) -> Tensor:
-        """(A,) -> (B,) mean over each example's pairs; 0 where it has none."""
-        total = torch.zeros_like(self.count, dtype=values.dtype).index_add(0, self.example, values)
-        return total / self.count.clamp(min=1)
-
-
-def aux_pairs(policy: Scored, batch: Batch, like: Tensor) -> AuxPairs:
-    """Read and check the auxiliary pairs. Raises UserError (row named) for unpaired responses and bad preferences."""
-    where = batch.positions(["aux_1"])
-    count, other = (
-        torch.bincount(batch.example[batch.positions([role])], minlength=len(batch)) for role in AUX
-    )
-    for i in torch.nonzero(count != other).flatten().tolist():
-        raise UserError(
-            f"{batch.uids[i]}: {int(count[i])} aux_1 but {int(other[i])} aux_2 responses; every aux_1 needs its aux_2"
-        )
-    g = batch.scalars.get("chosen_preference", torch.full((len(batch),), torch.nan))
-    g_aux = batch.response_scalars.get("aux_preference", torch.full((len(batch.roles),), torch.nan))[where]
-    owner = batch.example[where]
-    for name, values, examples in (
-        ("chosen_preference", g[count > 0], torch.nonzero(count > 0).flatten()),
-        ("aux_preference", g_aux, owner),
-    ):
-        for i in torch.nonzero(~((values >= 0) & (values <= 1))).flatten().tolist():
-            raise UserError(
-                f"{batch.uids[examples[i]]}: {name}={float(values[i])}: an example with auxiliary responses needs a "
-                "probability in [0, 1] here; add the column with commands.annotate"
-            )
-    return AuxPairs(
-        first=policy.index("aux_1"),
-        second=policy.index("aux_2"),
-        example=owner.to(like.device),
-        preference=g_aux.detach().to(like),
-        data_preference=torch.where(count > 0, g, 0.5).detach().to(like),
-        count=count.to(like.device),
-    )
-
-
-def slope(link: Link, margin: Tensor) -> Tensor:
-    """(B,) derivative of the link at the (detached) margin; works under no_grad and inference_mode too."""
-    with torch.inference_mode(False), torch.enable_grad():
-        at = margin.detach().clone().requires_grad_()
-        return torch.autograd.grad(link(at).sum(), at)[0]
-
-
-def expected_slope(link: Link, p: Tensor, margin: Tensor) -> Tensor:
-    """(B,) derivative of ``expected(link, p, margin)`` with respect to the margin, detached."""
-    return p * slope(link, margin) - (1 - p) * slope(link, -margin)
 
 
 def check_lam(lam: float | str) -> None:
@@ -115,89 +45,19 @@ def variance_reduced(
     aux: AuxPairs,
     offset: Tensor | float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B,) losses I1 - lam I2 + lam I3 and the ``vrpo/*`` metrics (B,).
+    """(B,) losses I1 - lam I2 + lam I3 and their ``vrpo/*`` metrics (B,), see ``losses.vrpo_metrics.term_metrics``.
 
     p (B,) label probabilities; h (B,) margins of the labelled pairs and h_aux (A,) of the auxiliary ones; offset (B,) is
     subtracted from h inside I1 and I2. lam="auto" is M/(M+1) for an example with M pairs, which minimises the response part
     of the variance, V [(1 - lam)^2 + lam^2 / M], when g is right. An example without pairs has the plain loss I1.
-
-    Metrics, NaN for plain examples except i1, p and plain:
-        vrpo/i1, i2, i3    the three terms, lam not applied
-        vrpo/plain         1 for an example without auxiliary pairs, else 0
-        vrpo/p, g, brier   label probability, auxiliary preference of the chosen response, (g - p)^2: the mean of brier is
-                           the Brier score of g on the human labels
-        vrpo/gg, gp, pp    (g - 1/2)^2, (g - 1/2)(p - 1/2), (p - 1/2)^2, which do not depend on which response is named first
-        vrpo/coef_plain    d I1/dh, the plain loss's gradient coefficient on grad h
-        vrpo/coef_data     d (I1 - lam I2)/dh
-        vrpo/coef_aux      lam (1/M) sum_m d E_{g*_m}[link](h*_m)/dh*_m
-        vrpo/grad_plain    derivative of I1 along "scale all scores by c" at c = 1: h dI1/dh
-        vrpo/grad_vr       the same derivative of the whole loss: h coef_data + lam (1/M) sum_m h*_m d(..)/dh*_m
-        vrpo/grad_plain_sq, vrpo/grad_vr_sq    their squares
-
-    What to average: the plain mean of each over examples. mean(grad_*_sq) - mean(grad_*)^2 is then the per-example
-    variance of the gradient along the score-scale direction, plain against variance-reduced; that direction is used since
-    it does not depend on which response of a pair is named first. The correction pays while grad_vr's variance is the
-    smaller. mean(grad_plain) and mean(grad_vr) estimate the same number: a gap beyond noise says that the auxiliary
-    responses do not follow the law of the labelled ones. At h = 0 (step 0) all four vanish. ``diagnostics`` derives the
-    numbers to look at.
     """
-    g, has_aux = aux.data_preference, aux.count > 0
-    shifted = h - offset
-    i1, i2 = expected(link, p, shifted), expected(link, g, shifted)
-    i3 = aux.mean(expected(link, aux.preference, h_aux))
     count = aux.count.to(h)  # before dividing: int64 / int64 is float32
-    weight = count / (count + 1) if lam == "auto" else lam * has_aux.to(h)
-
-    d1, d2 = expected_slope(link, p, shifted), expected_slope(link, g, shifted)
-    d3 = expected_slope(link, aux.preference, h_aux)
-    coef_data = d1 - weight * d2
-    grad_plain = d1 * h.detach()
-    grad_vr = coef_data * h.detach() + weight * aux.mean(d3 * h_aux.detach())
-    where_aux = {
-        "i2": i2,
-        "i3": i3,
-        "g": g,
-        "brier": (g - p) ** 2,
-        "gg": (g - 0.5) ** 2,
-        "gp": (g - 0.5) * (p - 0.5),
-        "pp": (p - 0.5) ** 2,
-        "coef_plain": d1,
-        "coef_data": coef_data,
-        "coef_aux": weight * aux.mean(d3),
-        "grad_plain": grad_plain,
-        "grad_vr": grad_vr,
-        "grad_plain_sq": grad_plain**2,
-        "grad_vr_sq": grad_vr**2,
-    }
-    metrics = {"vrpo/i1": i1.detach(), "vrpo/p": p.detach(), "vrpo/plain": (~has_aux).to(h)}
-    metrics |= {f"vrpo/{name}": torch.where(has_aux, x.detach(), torch.nan) for name, x in where_aux.items()}
+    weight = count / (count + 1) if lam == "auto" else lam * (count > 0).to(h)
+    shifted = h - offset
+    i1, i2 = expected(link, p, shifted), expected(link, aux.data_preference, shifted)
+    i3 = aux.mean(expected(link, aux.preference, h_aux))
+    metrics = vrpo_metrics.term_metrics(link, weight, (i1, i2, i3), p, h, h_aux, aux, offset)
     return i1 + weight * (i3 - i2), metrics
-
-
-def diagnostics(means: Mapping[str, float]) -> dict[str, float]:
-    """What the means of the ``vrpo/*`` metrics over a step or an evaluation say; what cannot be told is left out.
-
-    vrpo/variance_removed   1 - Var(grad_vr) / Var(grad_plain): the share of the plain loss's per-example gradient variance,
-                            along the score-scale direction, that the correction removes on the same examples; below 0 it
-                            adds. Not before the margins have left 0
-    vrpo/i3_minus_i2        mean I3 - mean I2: 0 on average if the auxiliary responses follow the law of the labelled ones
-    vrpo/calibration_slope  slope of p - 1/2 on g - 1/2: 1 for a calibrated g, below 1 for an overconfident one, 0 for one
-                            that knows nothing
-    vrpo/correlation        of g - 1/2 and p - 1/2 about 0
-    """
-    out: dict[str, float] = {}
-    if "vrpo/i2" not in means:
-        return out
-    out["vrpo/i3_minus_i2"] = means["vrpo/i3"] - means["vrpo/i2"]
-    plain, reduced = (means[f"vrpo/{n}_sq"] - means[f"vrpo/{n}"] ** 2 for n in ("grad_plain", "grad_vr"))
-    if plain > 1e-8 * means["vrpo/grad_plain_sq"]:
-        out["vrpo/variance_removed"] = 1 - reduced / plain
-    gg, gp, pp = (means[f"vrpo/{n}"] for n in ("gg", "gp", "pp"))
-    if gg > 0:
-        out["vrpo/calibration_slope"] = gp / gg
-    if gg * pp > 0:
-        out["vrpo/correlation"] = gp / math.sqrt(gg * pp)
-    return out
 
 
 @dataclass(frozen=True)
@@ -241,7 +101,10 @@ class VarianceReduced(PairwiseLoss):
         return BASES[self.base](beta=self.beta).link(margin)
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        return diagnostics(means)
+        return vrpo_metrics.diagnostics(means)
+
+    def advice(self, means: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, str]:
+        return vrpo_metrics.advice(means, counts)
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Batch) -> LossOutput:
         scores = self.scores(policy, reference)
@@ -251,7 +114,13 @@ class VarianceReduced(PairwiseLoss):
         h_aux = scores[aux.first] - scores[aux.second]
         losses, metrics = variance_reduced(self.link, self.lam, soft_label(batch, h), h, h_aux, aux)
         losses = losses - self.nll * policy.logps[chosen] / policy.num_tokens[chosen]
-        return LossOutput(losses, {**self.metrics(policy, reference, scores), **metrics})
+        more = {
+            **vrpo_metrics.model_metrics(self.beta * h, aux),
+            **vrpo_metrics.law_metrics(policy, reference, aux, h),
+            "rewards/aux": aux.mean_of_responses(self.beta * scores.detach()),
+            "logps/aux": aux.mean_of_responses(policy.logps.detach()),
+        }
+        return LossOutput(losses, {**self.metrics(policy, reference, scores), **metrics, **more})
 
 
 @dataclass(frozen=True)
@@ -293,7 +162,10 @@ class VarianceReducedReward:
         return Needs(policy=PAIR + AUX, optional_roles=AUX, output="reward")
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        return diagnostics(means)
+        return vrpo_metrics.diagnostics(means)
+
+    def advice(self, means: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, str]:
+        return vrpo_metrics.advice(means, counts)
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Batch) -> LossOutput:
         chosen, rejected = policy.value("chosen"), policy.value("rejected")
@@ -305,4 +177,9 @@ class VarianceReducedReward:
             link, self.lam, soft_label(batch, h), h, h_aux, aux, offset=margin_column(batch, h)
         )
         losses = losses + centring(chosen, rejected, self.center_rewards_coefficient)
-        return LossOutput(losses, {**reward_metrics(chosen, rejected), **metrics})
+        more = {
+            **vrpo_metrics.model_metrics(h, aux),
+            **vrpo_metrics.law_metrics(policy, None, aux, h),
+            "rewards/aux": aux.mean_of_responses(policy.values.detach()),
+        }
+        return LossOutput(losses, {**reward_metrics(chosen, rejected), **metrics, **more})

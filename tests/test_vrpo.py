@@ -346,6 +346,34 @@ def test_calibration_metrics():
     assert metrics["vrpo/brier"].item() == pytest.approx(0.04)
 
 
+def test_metrics_of_the_auxiliary_responses_and_of_the_two_laws():
+    rows = [
+        pair_row(1.0, [(0.5, 0.6), (-1.5, 0.2)], chosen_preference=0.7),
+        pair_row(2.0, [], chosen_preference=math.nan),
+    ]
+    case = build(rows)
+    metrics = call(VarianceReduced(0.3), case).metrics
+    roles, logps, tokens = (
+        case.policy.roles[:6],
+        case.policy.logps[:6].detach(),
+        case.policy.num_tokens[:6].double(),
+    )
+    assert roles == ("chosen", "rejected", "aux_1", "aux_2", "aux_1", "aux_2")
+    gap = case.reference.logps[:2].mean() - case.reference.logps[2:6].mean()
+    expected = {
+        "logps/aux": logps[2:].mean(),
+        "rewards/aux": 0.3 * (logps - case.reference.logps[:6])[2:].mean(),
+        "vrpo/length_gap": tokens[:2].mean() - tokens[2:].mean(),
+        "vrpo/logp_ref_gap": gap,
+        "vrpo/logp_ref_gap_sq": gap**2,
+        "vrpo/p_model": 1 / (1 + math.exp(-0.3)),
+        "vrpo/g_error": (0.7 - 1 / (1 + math.exp(-0.3))) ** 2,
+    }
+    for name, value in expected.items():
+        assert metrics[name][0].item() == pytest.approx(float(value), rel=1e-6, abs=1e-9), name
+        assert math.isnan(metrics[name][1]) == (name != "vrpo/p_model"), name
+
+
 # ----------------------------------------------------------------------------------------------------- bad rows
 
 

@@ -244,6 +244,7 @@ def test_two_stages_may_draw_fresh_pairs_too(way):
     [
         (["loss=dpo", "loss.beta=0.1", "fresh_pairs.model=m"], "loss=dpo has no auxiliary pairs"),
         ([*VRPO], "give fresh_pairs.model="),
+        ([*VRPO, "fresh_pairs.model=m", "loss.lam=auto"], r"loss.lam=auto fresh_pairs.num_pairs=1: M/\(M\+1\) is for"),
         ([*VRPO, "fresh_pairs.scorer=function", "fresh_pairs.function=a:b", "fresh_pairs.model=m"], "no fresh_pairs.model="),
         ([*VRPO, "fresh_pairs.model=m", "microbatch_tokens=100"], "microbatch_tokens"),
         ([*VRPO, "fresh_pairs.model=m", "reference=cached"], "reference=cached"),

@@ -14,6 +14,7 @@ import torch
 from data.schema import Batch
 from losses.types import Scored
 from losses.vrpo import VarianceReduced
+from losses.vrpo_metrics import diagnostics
 from tests.oracles.tabular_bed import (
     Bed,
     bed,
@@ -178,6 +179,14 @@ def test_logged_diagnostics_estimate_the_same_gradient_and_the_variance_ratio():
         ("vr", gradient_covariance(BED, THETA, BED.truth, 0.5, 1)),
     ):
         assert mean[f"{kind}_sq"] - mean[kind] ** 2 == pytest.approx(THETA @ covariance @ THETA, rel=1e-10)
+    means = {name: float(chance @ values.nan_to_num().numpy()) for name, values in metrics.items()}
+    found = diagnostics(means)
+    assert found["vrpo/best_lam"] == pytest.approx(0.5, rel=1e-9)  # M / (M + 1), g being right
+    assert (
+        found["vrpo/best_removed"] == pytest.approx(found["vrpo/variance_removed"], rel=1e-9)
+        and found["vrpo/variance_removed"] > 0.1
+    )
+    assert means["vrpo/i3_minus_i2"] == pytest.approx(0, abs=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------- fitted estimators
