@@ -246,7 +246,7 @@ def recorded(archive: str) -> tuple[Any, Any] | None:
 
 
 def _model(values: Any) -> Any:
-    from engine.models import ModelSpec
+    from engine.model_spec import ModelSpec
 
     if not isinstance(values, Mapping):
         raise UserError(f"model={values}: choose one of {', '.join(options('model'))}")

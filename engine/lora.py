@@ -17,7 +17,7 @@ from engine.archives import Archive, weights_hash
 from utils import UserError, global_rng_untouched, log, stream, stream_seed
 
 if TYPE_CHECKING:
-    from engine.models import ModelSpec
+    from engine.model_spec import ModelSpec
 
 POLICY_ADAPTER = "default"  # peft's own name, so that saved adapters are ordinary ones
 REFERENCE_ADAPTER = (

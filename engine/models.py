@@ -1,4 +1,4 @@
-"""Models: their YAML schema, building policies and references, saving and merging them."""
+"""Models: building policies and references, saving and merging them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -36,119 +35,19 @@ from engine.lora import (
     load_adapter,
     with_lora,
 )
+from engine.model_spec import (
+    DTYPES,
+    ModelSpec,
+    Output,
+    check_archived_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    local_path,
+    num_ids,
+)
 from utils import UserError, log, stream, write_atomic
 
-ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 HEAD = "score"  # Hugging Face's name of the head of a sequence classifier
-
-Output = Literal["logps", "reward", "embedding"]
-DType = Literal["float32", "bfloat16", "float16", "float64"]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Schema of config/model/<name>.yaml; what each key means is said there."""
-
-    name: str
-    lr: float
-    name_or_path: str | None = None
-    config: dict[str, Any] | None = None
-    init_seed: int = 0
-    tokenizer_name_or_path: str | None = None
-    revision: str | None = None
-    archive: str | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-    policy_dtype: DType = "float32"
-    reference_dtype: DType = "float32"
-    fsdp_policy_mp: Literal["bfloat16", "float16"] | None = None
-    block_name: str | None = None
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    quantization: Literal["nf4"] | None = None
-    use_lora: bool = False
-    lora_rank: int = 8
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    lora_target_modules: list[str] | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        problems = [p for p in self._problems() if p]
-        if problems:
-            raise UserError("\n".join(problems))
-
-    def _problems(self) -> Iterator[str]:
-        if (self.name_or_path is None) == (self.config is None):
-            yield (
-                f"model.name_or_path={self.name_or_path}: give either it (a pretrained model) or model.config (a model "
-                "built from a seed), not both and not neither"
-            )
-        if self.config is not None and "model_type" not in self.config:
-            yield "model.config: model_type is missing; e.g. model.config.model_type=gemma"
-        if self.name_or_path is None and self.tokenizer_name_or_path is None:
-            yield "model.tokenizer_name_or_path=null: required when there is no model.name_or_path"
-        if not self.lr > 0:
-            yield f"model.lr={self.lr}: must be > 0"
-        if self.lora_rank < 1:
-            yield f"model.lora_rank={self.lora_rank}: must be at least 1"
-        if not self.lora_alpha > 0:
-            yield f"model.lora_alpha={self.lora_alpha}: must be > 0"
-        if self.lora_dropout != 0:
-            yield (
-                f"model.lora_dropout={self.lora_dropout}: must be 0; a prompt shared by its responses is computed once, "
-                "so dropout would tie their noise together and the run could not be resumed exactly"
-            )
-        if self.lora_target_modules is not None and not self.lora_target_modules:
-            yield "model.lora_target_modules=[]: name at least one module, or null for every linear layer of the blocks"
-        if self.quantization is not None and (not self.use_lora or self.name_or_path is None):
-            yield (
-                f"model.quantization={self.quantization}: 4-bit weights cannot be trained; it needs model.use_lora=true "
-                "and a pretrained model.name_or_path"
-            )
-
-
-# ---------------------------------------------------------------------------------------------- tokenizer
-
-
-def _local(name_or_path: str) -> str:
-    """A directory given relative to the working directory or to the project, as a path; else the hub's name as it is."""
-    path = Path(name_or_path).expanduser()
-    for candidate in (path, ROOT / path):
-        if candidate.exists():
-            return str(candidate.resolve())
-    return name_or_path
-
-
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (EOS where it has none, logged). UserError without EOS."""
-    name = spec.tokenizer_name_or_path or spec.name_or_path
-    key = "tokenizer_name_or_path" if spec.tokenizer_name_or_path else "name_or_path"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            _local(name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.{key}={name}: no tokenizer can be loaded ({first_line(error)})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.{key}={name}: the tokenizer has no EOS token, so no response could end; give a tokenizer with one"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        log.info(
-            "tokenizer %s has no padding token: EOS %r pads (padding is masked, never compared)",
-            name,
-            tokenizer.eos_token,
-        )
-    if spec.chat_template is not None:
-        path = Path(_local(spec.chat_template))
-        tokenizer.chat_template = path.read_text("utf-8") if path.is_file() else spec.chat_template
-    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -252,7 +151,7 @@ def _assemble(
         model = _skeleton(spec, num_labels, dtype)
     else:
         model = _from_pretrained(spec, num_labels, dtype, device)
-    _check_vocabulary(model.get_input_embeddings().weight.shape[0], tokenizer, spec)
+    check_vocabulary(model.get_input_embeddings().weight.shape[0], tokenizer, spec)
     # Hugging Face's embedding gives its padding row no gradient, and EOS may be what pads; masks do all we need
     model.get_input_embeddings().padding_idx = None
     for parameter in model.parameters():
@@ -263,7 +162,7 @@ def _assemble(
         if not deferred:
             _draw_head(getattr(model, HEAD), model.config.initializer_range, seed)
     if stored is not None:
-        _check_archived_tokenizer(stored, tokenizer)
+        check_archived_tokenizer(stored, tokenizer)
         if not deferred:
             _load_base(model, stored, spec, HEAD if num_labels is not None else None)
     if spec.quantization is None and not deferred:
@@ -297,8 +196,8 @@ def _from_seed(spec: ModelSpec, num_labels: int | None, tokenizer: PreTrainedTok
     """Built from ``spec.config`` with weights drawn in float32 from the stream (init_seed, "model_init")."""
     values = dict(spec.config)
     model_type = values.pop("model_type")
-    values.setdefault("vocab_size", _num_ids(tokenizer))
-    _check_vocabulary(values["vocab_size"], tokenizer, spec)
+    values.setdefault("vocab_size", num_ids(tokenizer))
+    check_vocabulary(values["vocab_size"], tokenizer, spec)
     ids = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos")}
     try:
         config = AutoConfig.for_model(model_type, **{**ids, **values})
@@ -324,7 +223,7 @@ def _from_pretrained(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> nn.Module:
-    name = _local(spec.name_or_path)
+    name = local_path(spec.name_or_path)
     cls = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     hub = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     extra: dict[str, Any] = _nf4(device) if spec.quantization == "nf4" else {}
@@ -374,7 +273,7 @@ def _skeleton(spec: ModelSpec, num_labels: int | None, dtype: torch.dtype) -> nn
     cls = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     hub = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
-        config = _prepare_config(AutoConfig.from_pretrained(_local(spec.name_or_path), **hub), num_labels)
+        config = _prepare_config(AutoConfig.from_pretrained(local_path(spec.name_or_path), **hub), num_labels)
         code = {"trust_remote_code": spec.trust_remote_code}
         with drawing_from(0, "unused"), _parameters_on_meta():
             return cls.from_config(config, dtype=dtype, attn_implementation=spec.attn_implementation, **code)
@@ -386,7 +285,7 @@ def _skeleton(spec: ModelSpec, num_labels: int | None, dtype: torch.dtype) -> nn
 
 def _pretrained(spec: ModelSpec, model: nn.Module) -> Archive:
     """The pretrained tensors, mapped and not read, under the names that ``model`` uses."""
-    name = _local(spec.name_or_path)
+    name = local_path(spec.name_or_path)
     if not Path(name).is_dir():
         from huggingface_hub import snapshot_download
 
@@ -458,35 +357,6 @@ def _nf4(device: torch.device | str) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": quantised, "device_map": {"": device}}
-
-
-def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def _check_vocabulary(rows: int, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
-    ids = _num_ids(tokenizer)
-    if ids > rows:
-        raise UserError(
-            f"model.tokenizer_name_or_path={spec.tokenizer_name_or_path or spec.name_or_path}: the tokenizer has {ids} tokens "
-            f"but the model's embedding only {rows}; give the model's own tokenizer, or a model with a larger vocabulary"
-        )
-
-
-def _check_archived_tokenizer(stored: Archive, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Equal sizes hide another vocabulary: compare with the tokenizer kept beside the weights, if any."""
-    folder = stored.path if stored.path.is_dir() else stored.path.parent
-    if not (folder / "tokenizer.json").is_file():
-        return
-    theirs, ours = AutoTokenizer.from_pretrained(str(folder)).get_vocab(), tokenizer.get_vocab()
-    if theirs != ours:
-        token, number = sorted(set(theirs.items()) ^ set(ours.items()), key=lambda item: (item[1], item[0]))[
-            0
-        ]
-        raise UserError(
-            f"model.archive={stored.path}: was trained with another tokenizer ({len(theirs)} tokens there, {len(ours)} here; "
-            f"first difference: {token!r} = {number}); set model.tokenizer_name_or_path={folder}"
-        )
 
 
 def _draw_head(head: nn.Module, std: float, seed: int) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from data.schema import Batch, Row
 from engine import archives, models
-from engine.models import ModelSpec
+from engine.model_spec import ModelSpec
 from engine.scoring import LayoutName, Scorer
 from losses.gpm import preference_score
 from losses.types import Needs

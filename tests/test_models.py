@@ -18,9 +18,8 @@ import utils
 from config.build import build
 from engine import archives
 from engine.lora import REFERENCE_ADAPTER, adapter_off
+from engine.model_spec import ROOT, ModelSpec
 from engine.models import (
-    ROOT,
-    ModelSpec,
     build_policy,
     build_reference,
     enable_activation_checkpointing,

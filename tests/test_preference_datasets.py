@@ -297,9 +297,9 @@ def test_of_two_special_tokens_that_begin_alike_the_longer_one_is_meant():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_text_cannot_contain_the_secret_names(family, name):
-    from preference_datasets import _Codec
+    from engine.codec import Codec
 
-    secret = next(iter(_Codec(family[name], "auto").secret.values()))
+    secret = next(iter(Codec(family[name], "auto").secret.values()))
     with pytest.raises(UserError, match="d/train:0: contains a name reserved here"):
         rows_of(example(chosen=f"a {secret}"), family[name])
 
