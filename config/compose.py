@@ -64,9 +64,10 @@ class Run:
 
     @property
     def config_hash_no_seed(self) -> str:
-        """Equal for runs that differ in the seed alone (or in an archive that differs in its seed alone)."""
+        """Equal for runs that differ in the seed alone, also where paths name it: model.archive=runs/sft_seed0/LATEST."""
         plain = {k: v for k, v in self.identity.items() if k != "seed"}
-        plain["model"] = dict(plain["model"], archive=bool(plain["model"].get("archive")))
+        archive = plain["model"].get("archive")
+        plain["model"] = dict(plain["model"], archive=archive and re.sub(r"(seed[=_-]?)\d+", r"\1*", archive))
         return content_hash(plain)
 
 
@@ -107,6 +108,8 @@ def prepare(argv: list[str]) -> list[str]:
             words.append(override.input_line)
         else:
             words.append("++" + override.input_line.lstrip("+"))
+    if swept and not {"-m", "--multirun"} & set(flags):
+        raise UserError(f"{swept[0]}: several values make a sweep; add -m, or put a list in brackets, [a,b]")
     if swept:
         words.append(f"++multirun_keys=[{','.join(swept)}]")
     return flags + words
@@ -291,6 +294,9 @@ def _datasets(plain: dict[str, Any]) -> tuple[DatasetSpec, ...]:
             raise UserError(f"data.{name}={given}: must be a mapping, e.g. data.{name}.path=FILE")
         values.pop("name", None)
         source = values.pop("source")
+        for key, fixed in (("name", name), ("source", source)):
+            if given.get(key, fixed) != fixed:
+                raise UserError(f"data.{name}.{key}={given[key]}: is {fixed} and cannot be changed")
         given = {k: v for k, v in given.items() if k not in ("name", "source")}
         merged = {**values, **given}
         unknown = [k for k in given if k not in values]
@@ -310,7 +316,10 @@ def _datasets(plain: dict[str, Any]) -> tuple[DatasetSpec, ...]:
 
 def _cross_check(run: Run) -> None:
     """What depends on two parts at once."""
+    from engine.optim import optimizer_arguments
+
     needs, config = run.loss.needs, run.config
+    optimizer_arguments(config.optimizer, config.weight_decay, config.optimizer_options)
     loss = run.plain["loss"]["name"]
     if needs.reference and config.assert_sft_step and run.model.archive is None and not config.audit:
         raise UserError(

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 from utils import UserError
+
+# key -> (comparison, bound). null passes where the type allows it; NaN never does.
+LIMITS = {
+    **dict.fromkeys(
+        (
+            "batch_size", "selected_batch_size", "eval_batch_size", "gradient_accumulation_steps", "microbatch_tokens",
+            "n_epochs", "n_examples", "n_eval_examples", "max_length", "max_prompt_length", "eval_every", "save_every",
+            "n_eval_model_samples", "sample_max_new_tokens", "num_threads", "max_consecutive_nonfinite",
+        ),
+        (">=", 1),
+    ),
+    **dict.fromkeys(("seed", "warmup_steps", "weight_decay", "reference_check"), (">=", 0)),
+    **dict.fromkeys(("lr", "max_grad_norm"), (">", 0)),
+    "spike_factor": (">", 1),
+}  # fmt: skip
+
+
+def out_of_range(values: Any, prefix: str, limits: Mapping[str, tuple[str, float]]) -> Iterator[str]:
+    """One message per field of ``values`` that breaks its limit."""
+    optional = get_type_hints(type(values))
+    for key, (comparison, bound) in limits.items():
+        value = getattr(values, key)
+        if value is None or (value > bound) or (comparison == ">=" and value == bound):
+            continue
+        rule = f"at least {bound}" if comparison == ">=" else f"> {bound}"
+        null = ", or null" if NoneType in get_args(optional[key]) else ""
+        yield f"{prefix}{key}={value}: must be {rule}{null}"
+
+
+def check_limits(values: Any, prefix: str, limits: Mapping[str, tuple[str, float]]) -> None:
+    """Raise UserError with every field of ``values`` that breaks its limit."""
+    problems = list(out_of_range(values, prefix, limits))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -16,6 +52,9 @@ class TrainerConfig:
     timeout_s: float
     cpu_offload: bool
 
+    def __post_init__(self) -> None:
+        check_limits(self, "trainer.", {"nproc": (">=", 1), "timeout_s": (">", 0)})
+
 
 @dataclass(frozen=True)
 class ScoringConfig:
@@ -23,6 +62,9 @@ class ScoringConfig:
     chunk_tokens: int | None
     verify: bool
     tolerance: float
+
+    def __post_init__(self) -> None:
+        check_limits(self, "scoring.", {"chunk_tokens": (">=", 1), "tolerance": (">", 0)})
 
 
 @dataclass(frozen=True)
@@ -55,6 +97,10 @@ class DataConfig:
     max_bad_fraction: float
     mix_weights: dict[str, float] | None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction={self.max_bad_fraction}: must be a share from 0 to 1")
+
 
 @dataclass(frozen=True)
 class FreshPairsConfig:
@@ -67,14 +113,13 @@ class FreshPairsConfig:
     batch_size: int
 
     def __post_init__(self) -> None:
-        if self.num_pairs < 0:
-            raise UserError(f"fresh_pairs.num_pairs={self.num_pairs}: must be at least 1, or 0 for none")
-        if not self.temperature > 0:
-            raise UserError(f"fresh_pairs.temperature={self.temperature}: must be > 0")
-        for key in ("max_new_tokens", "batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"fresh_pairs.{key}={value}: must be at least 1")
+        limits = {
+            "num_pairs": (">=", 0),
+            "temperature": (">", 0),
+            "max_new_tokens": (">=", 1),
+            "batch_size": (">=", 1),
+        }
+        check_limits(self, "fresh_pairs.", limits)
         key, other = ("function", "model") if self.scorer == "function" else ("model", "function")
         if self.num_pairs and (getattr(self, key) is None or getattr(self, other) is not None):
             raise UserError(
@@ -151,27 +196,7 @@ class Config:
             raise UserError("\n".join(problems))
 
     def _problems(self):
-        for key in (
-            "batch_size",
-            "eval_batch_size",
-            "gradient_accumulation_steps",
-            "max_length",
-            "eval_every",
-        ):
-            if getattr(self, key) < 1:
-                yield f"{key}={getattr(self, key)}: must be at least 1"
-        for key in (
-            "n_epochs",
-            "n_examples",
-            "n_eval_examples",
-            "selected_batch_size",
-            "save_every",
-            "microbatch_tokens",
-            "num_threads",
-        ):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield f"{key}={value}: must be at least 1, or null"
+        yield from out_of_range(self, "", LIMITS)
         if self.n_epochs is None and self.n_examples is None:
             yield "n_epochs=null n_examples=null: give one of them, or the run would never end"
         if self.max_prompt_length >= self.max_length:
@@ -200,8 +225,6 @@ class Config:
                 yield "fresh_pairs with reference=cached: what is drawn later cannot be cached before; use reference=auto"
             if self.trainer.parallel == "fsdp":
                 yield "fresh_pairs with a sharded model: cannot draw from slices; use trainer=DDPTrainer or BasicTrainer"
-        if not self.lr > 0:
-            yield f"lr={self.lr}: must be > 0"
         if self.data.mix_weights is not None and self.weighted_batches:
             yield "data.mix_weights and weighted_batches=true both decide what is drawn; set one"
 

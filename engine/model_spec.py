@@ -15,6 +15,9 @@ from engine.lora import first_line
 from utils import UserError, log
 
 ROOT = Path(__file__).resolve().parents[1]
+WHERE_FROM = (
+    "give a local directory, or a hub id this machine can reach (gated models: `hf auth login` first)"
+)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -108,7 +111,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             local_path(name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"model.{key}={name}: no tokenizer can be loaded ({first_line(error)})") from error
+        raise UserError(
+            f"model.{key}={name}: no tokenizer can be loaded ({first_line(error)}); {WHERE_FROM}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.{key}={name}: the tokenizer has no EOS token, so no response could end; give a tokenizer with one"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -37,6 +38,7 @@ from engine.lora import (
 )
 from engine.model_spec import (
     DTYPES,
+    WHERE_FROM,
     ModelSpec,
     Output,
     check_archived_tokenizer,
@@ -201,8 +203,8 @@ def _from_seed(spec: ModelSpec, num_labels: int | None, tokenizer: PreTrainedTok
     ids = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos")}
     try:
         config = AutoConfig.for_model(model_type, **{**ids, **values})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.config: {first_line(error)}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.config: {' '.join(str(error).split())}") from error
     known = set(type(config)().to_dict()) | set(config.attribute_map)
     if unknown := sorted(set(values) - known):
         raise UserError(
@@ -241,7 +243,7 @@ def _from_pretrained(
             )
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"model.name_or_path={spec.name_or_path}: cannot be loaded ({first_line(error)})"
+            f"model.name_or_path={spec.name_or_path}: cannot be loaded ({first_line(error)}); {WHERE_FROM}"
         ) from error
     missing = [k for k in info["missing_keys"] if num_labels is None or not k.startswith(HEAD + ".")]
     if missing:
@@ -279,7 +281,7 @@ def _skeleton(spec: ModelSpec, num_labels: int | None, dtype: torch.dtype) -> nn
             return cls.from_config(config, dtype=dtype, attn_implementation=spec.attn_implementation, **code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.name_or_path={spec.name_or_path}: cannot be loaded ({first_line(error)})"
+            f"model.name_or_path={spec.name_or_path}: cannot be loaded ({first_line(error)}); {WHERE_FROM}"
         ) from error
 
 

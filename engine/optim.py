@@ -44,6 +44,34 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """``torch.optim.<name>`` over the parameters that want a gradient, fused where torch has a fused kernel.
 
+    weight_decay, options  as for `optimizer_arguments`
+    """
+    cls, arguments = optimizer_arguments(name, weight_decay, options)
+    trained = [p for p in params if p.requires_grad]
+    if not trained:
+        raise UserError("no parameter of the model is trained; check model.lora and what is frozen")
+    chooses = any(arguments.get(key) for key in ("foreach", "capturable", "differentiable"))
+    if (
+        "fused" in inspect.signature(cls).parameters
+        and "fused" not in arguments
+        and not chooses
+        and _fusable(name, trained)
+    ):
+        arguments["fused"] = True
+    try:
+        return cls(trained, lr=lr, **arguments)
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # of optimizers that look at the parameters: Muon, fused, capturable
+        raise UserError(f"optimizer={name} {arguments}: {error}") from error
+
+
+def optimizer_arguments(
+    name: str, weight_decay: float | None, options: Mapping[str, Any] | None
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """(``torch.optim.<name>``, its arguments besides the parameters and the rate). Raises UserError for what it does not have.
+
     weight_decay  None: the optimizer's own default (0.01 for AdamW)
     options       further arguments (``optimizer_options.betas=[0.9,0.95]``); lists become tuples
     """
@@ -71,16 +99,11 @@ def build_optimizer(
             raise UserError(
                 f"weight_decay={weight_decay}: {name} has none; use weight_decay=0 or optimizer=AdamW"
             )
-    trained = [p for p in params if p.requires_grad]
-    if not trained:
-        raise UserError("no parameter of the model is trained; check model.lora and what is frozen")
-    chooses = any(arguments.get(key) for key in ("foreach", "capturable", "differentiable"))
-    if "fused" in accepted and "fused" not in arguments and not chooses and _fusable(name, trained):
-        arguments["fused"] = True
     try:
-        return cls(trained, lr=lr, **arguments)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"optimizer={name} lr={lr} {arguments}: {error}") from error
+        cls([torch.zeros(1, 1, requires_grad=True)], **arguments)
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"optimizer={name} optimizer_options={dict(options or {})}: {error}") from error
+    return cls, arguments
 
 
 def _fusable(name: str, params: Sequence[Tensor]) -> bool:

@@ -70,6 +70,48 @@ def test_all_problems_are_told_at_once():
     assert all(word in message for word in ("loss.beta", "lr=x", "nonsense"))
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "eval_batch_size=-1",
+        "max_prompt_length=0",
+        "warmup_steps=-1",
+        "max_grad_norm=0",
+        "max_grad_norm=nan",
+        "weight_decay=nan",
+        "spike_factor=1",
+        "data.max_bad_fraction=2",
+        "scoring.chunk_tokens=0",
+        "scoring.tolerance=nan",
+        "fresh_pairs.temperature=0",
+        "trainer.nproc=0",
+        "trainer.timeout_s=0",
+        "data.opinions.source=hh",
+        "optimizer=AdamX",
+        "optimizer_options={betas:[0.9]}",
+        "optimizer_options.momentum=0.9",
+    ],
+)
+def test_a_value_out_of_range_is_told_with_its_key_before_anything_is_read(word):
+    assert word.partition("=")[0] in told(word)
+
+
+def test_several_values_without_m_are_told_to_be_a_sweep():
+    assert "add -m" in told("seed=0,1")
+    assert prepare(["-m", "seed=0,1"])[-1] == "++multirun_keys=[seed]"
+
+
+def test_the_hash_without_seed_knows_archives_apart_but_not_their_seeds():
+    def hash_of(archive, seed):
+        words = ["loss=dpo", "loss.beta=0.1", f"model.archive={archive}", f"seed={seed}"]
+        return compose(words).config_hash_no_seed
+
+    first = hash_of("runs/sft_seed0/LATEST", 0)
+    assert first == hash_of("runs/sft_seed12/LATEST", 12)
+    assert hash_of("runs/two/seed=0/LATEST", 0) == hash_of("runs/two/seed=1/LATEST", 1)
+    assert first != hash_of("runs/other_seed0/LATEST", 0)
+
+
 def test_an_indivisible_batch_names_the_nearest_sizes():
     with pytest.raises(UserError, match="nearest: 24 or 32"):
         compose(["batch_size=30", "gradient_accumulation_steps=4"]).config.check_world(2)
