@@ -340,6 +340,9 @@ class Session:
         for sample, win in zip(self.samples, wins, strict=True):
             place_ = {k: sample[k] for k in ("uid", "sample", "prompt_key", "group")}
             result = {"win": None, "p": None} if win is None else {"win": win.win, "p": win.p}
+            result["log_ratio"] = sample.get(
+                f"{first}_log_ratio"
+            )  # of the first response, against the reference
             self.wins.append({**place_, "by": by, "first": first, "second": second, **result})
 
     # ------------------------------------------------------------------------------------------ results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -105,6 +105,8 @@ def prepare(argv: list[str]) -> list[str]:
                     )
             words.append(override.input_line.lstrip("+"))
         elif override.is_delete() or key.startswith("hydra"):
+            if key == "hydra/launcher":
+                _need_launcher(str(override.value()))
             words.append(override.input_line)
         else:
             words.append("++" + override.input_line.lstrip("+"))
@@ -113,6 +115,16 @@ def prepare(argv: list[str]) -> list[str]:
     if swept:
         words.append(f"++multirun_keys=[{','.join(swept)}]")
     return flags + words
+
+
+def _need_launcher(name: str) -> None:
+    """A launcher for a cluster is a package of its own."""
+    try:
+        missing = importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None
+    except ModuleNotFoundError:  # no plugin of Hydra at all
+        missing = True
+    if missing and (name == "slurm" or name.startswith("submitit_")):
+        raise UserError(f"hydra/launcher={name}: not installed; pip install hydra-submitit-launcher")
 
 
 def _quoted(word: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from engine.metric_names import OLDER_SAMPLES, direction, older_names
+from engine.metric_names import OLDER_SAMPLES, direction, older_names, parts
 from engine.rundir import redact, truncate_metrics
 from utils import UserError, log, write_atomic
 
@@ -142,6 +142,8 @@ class MetricsLog:
             mirrored = {key: value for key, value in row.items() if isinstance(value, int | float)}
             older = {self._older[name]: value for name, value in mirrored.items() if name in self._older}
             self._mirror.log({**mirrored, **older}, improved)
+            if kind == "eval" and (table := group_table(finite)):
+                self._mirror.table(f"{facts.get('split', 'eval')}_groups", table, examples)
 
     def samples(self, examples: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """``samples/<examples>.jsonl``; on W&B one table per ``model`` ("policy", "reference") among the rows."""
@@ -189,6 +191,17 @@ class MetricsLog:
         if self._mirror is not None:
             self._mirror.close(exit_code)
             self._mirror = None
+
+
+def group_table(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """An evaluation's values -> a row per group (and worst, mean): {"group": "north", "loss": .., "rewards/accuracies/ci_low": ..}."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        _, metric, group, bound = parts(name)
+        if group:
+            row = table.setdefault(group, {"group": group.removeprefix("group_")})
+            row[f"{metric}/{bound}" if bound else metric] = value
+    return list(table.values())
 
 
 def _plain(value: Any) -> int | float:

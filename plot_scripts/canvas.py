@@ -119,7 +119,8 @@ def finish(
         }
         y = (below_caption - 0.07) / total
         figure.text(0.09 / width, y, text, va="top", fontsize=6.3, color=WARN, linespacing=1.25, bbox=frame)
-    figure.tight_layout(pad=0.5, h_pad=1.0, w_pad=1.0, rect=(0, below / total, 1, 1 - above / total))
+    for _ in range(2):  # the first changes the axes' sizes, which may change their ticks
+        figure.tight_layout(pad=0.5, h_pad=1.0, w_pad=1.0, rect=(0, below / total, 1, 1 - above / total))
 
 
 def _legend_shape(handles: Sequence[Artist], room: float) -> tuple[int, int]:

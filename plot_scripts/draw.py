@@ -16,8 +16,9 @@ from matplotlib.patches import Patch
 from config.build import build
 from plot_scripts import canvas
 from plot_scripts.aggregate import LEVEL, warnings_about
+from plot_scripts.file_panels import FILE_KINDS, series_names
 from plot_scripts.load import Loaded, RunInfo, read_yaml
-from plot_scripts.panels import FILE_KINDS, RUN_KINDS, Drawn, Panel, group_label, moves, series_names
+from plot_scripts.panels import DOTTED, RUN_KINDS, Drawn, Panel, group_label, moves
 from utils import UserError, did_you_mean
 
 FIGURES = Path(__file__).resolve().parent / "figures"
@@ -37,7 +38,9 @@ CAPTIONS = {
     "seeds": "n: seeds; mean and 95 % t interval over seeds",
     "run": "n = 1: 95 % interval over the examples of the one run",
     "bin": "n: rows; bars: 95 % Wilson intervals of ten bins",
+    "binned": "n: rows, in equally full bins; bars: 95 % t intervals",
 }
+SPLITS = {"eval": "validation split", "test": "test split"}
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,12 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
     legends = [
         ("method", _method_handles(counts, methods, all(p.kind == "bars" for p in panels))),
         ("group", _group_handles(groups)),
+        ("dotted", _line_handles(panels)),
     ]
     caption = "; ".join(CAPTIONS[k] for k in CAPTIONS if any(k in d.intervals for d in drawn))
+    splits = dict.fromkeys(SPLITS[d.facts["split"]] for d in drawn if d.facts.get("split") in SPLITS)
+    if splits:
+        caption = "; ".join([f"held-out: {', '.join(splits)}"] + [caption] * bool(caption))
     canvas.finish(sheet, [(h, handles) for h, handles in legends if handles], figure.title, warnings, caption)
     described = [
         {"title": p.title, "kind": p.kind, "metric": p.metric, "group": p.group, **d.facts}
@@ -214,6 +221,11 @@ def _group_handles(groups: Mapping[str, canvas.Look]) -> list[Artist]:
     return [
         Line2D([], [], color=look.colour, linewidth=3, label=group_label(g)) for g, look in groups.items()
     ]
+
+
+def _line_handles(panels: Sequence[Panel]) -> list[Artist]:
+    labels = dict.fromkeys(label for panel in panels for label in panel.lines)
+    return [Line2D([], [], color=canvas.INK, linewidth=1.1, linestyle=DOTTED, label=x) for x in labels]
 
 
 def _run_facts(info: RunInfo) -> dict[str, Any]:

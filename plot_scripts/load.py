@@ -1,7 +1,7 @@
 """Runs -> one tidy table, from run directories or from Weights & Biases.
 
 Both sources give ``RawRun`` objects; everything after that is shared, so the same run gives the same table and the same figure.
-Table columns: run, method, config_hash, seed, step, examples, split, group, metric, value. ``group`` is "" for all examples, "worst_group",
+Table columns: run, config_hash, seed, step, examples, split, group, metric, value. ``group`` is "" for all examples, "worst_group",
 "mean_group", or "group_<name>"; bounds that a run recorded are metrics of their own ("rewards/accuracies/ci_low").
 """
 
@@ -25,7 +25,7 @@ import yaml
 from engine.metric_names import direction, our_names
 from utils import UserError, content_hash, did_you_mean, write_atomic
 
-COLUMNS = ["run", "method", "config_hash", "seed", "step", "examples", "split", "group", "metric", "value"]
+COLUMNS = ["run", "config_hash", "seed", "step", "examples", "split", "group", "metric", "value"]
 KEY = ["run", "split", "metric", "group"]
 # keys of a row that say where it stands rather than what was measured
 PLACE = frozenset(
@@ -245,9 +245,8 @@ def _frame(raw: RawRun, info: RunInfo) -> tuple[pd.DataFrame, int]:
     frame = pd.DataFrame(columns).astype({"step": "float64", "examples": "float64", "value": "float64"})
     frame = frame.drop_duplicates(["split", "metric", "group", "examples"], keep="last")
     frame.insert(0, "run", info.run)
-    frame.insert(1, "method", info.method)
-    frame.insert(2, "config_hash", info.config_hash)
-    frame.insert(3, "seed", pd.array([info.seed] * len(frame), dtype="Int64"))
+    frame.insert(1, "config_hash", info.config_hash)
+    frame.insert(2, "seed", pd.array([info.seed] * len(frame), dtype="Int64"))
     return frame[COLUMNS], skipped
 
 
@@ -258,7 +257,7 @@ def _with_aggregates(table: pd.DataFrame) -> pd.DataFrame:
     grouped = grouped[grouped["metric"].map(better).notna()]
     if grouped.empty:
         return table
-    place = ["run", "method", "config_hash", "seed", "step", "examples", "split", "metric"]
+    place = ["run", "config_hash", "seed", "step", "examples", "split", "metric"]
     parts = (
         grouped.groupby(place, sort=False, dropna=False)["value"].agg(["max", "min", "mean"]).reset_index()
     )

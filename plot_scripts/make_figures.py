@@ -6,7 +6,7 @@ figure=NAME|FILE   plot_scripts/figures/<name>.yaml, or a YAML of your own
 runs=A,B           run directories, folders of them, or patterns
 entity= project=   instead of runs: Weights & Biases, with filters={config.loss.name: ipo}; cache=DIR keeps the answer as CSV
                    and is read without network the next time (refresh=true asks again)
-data=FILE          CSV or JSON for figures that are drawn from a file (vrpo_variance, calibration)
+data=FILE          CSV, JSON or JSONL for figures that are drawn from a file (vrpo_variance, calibration, log_ratio_vs_reward)
 out=DIR            where <figure>.pdf, .png, .csv and .json go (default: figures)
 by=loss.name,lr    config keys that name a method (default: the loss, and the weighting where there is one)
 labels={ripo: GR-IPO}   display names
@@ -55,11 +55,16 @@ class Request:
 
 
 def read_data(path: str) -> pd.DataFrame:
-    """A CSV, or a JSON list of objects, as a table."""
+    """A CSV, a JSON list of objects, or JSONL, as a table."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"data={path}: no such file")
-    return pd.read_json(file) if file.suffix == ".json" else pd.read_csv(file)
+    try:
+        if file.suffix in (".json", ".jsonl"):
+            return pd.read_json(file, lines=file.suffix == ".jsonl", dtype=False)
+        return pd.read_csv(file)
+    except ValueError as error:
+        raise UserError(f"data={path}: not a table: {error}") from error
 
 
 def make(request: Request) -> list[Path]:

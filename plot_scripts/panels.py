@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from engine.stats import wilson_bounds
-from plot_scripts.aggregate import LEVEL, Bar, Curve, absent_warning, bar, collect, curve, ends_warning
+from plot_scripts.aggregate import Bar, Curve, absent_warning, bar, collect, curve, ends_warning
 from plot_scripts.canvas import INK, PALE, WARN, Look
 from plot_scripts.load import Loaded
-from utils import UserError, did_you_mean
 
+DOTTED = (0, (1, 1.5))  # reference lines
 MOST_BANDS = 4  # curves of a panel that are drawn with bands; more get their last interval only
 SHORT = {"": "all", "worst_group": "worst", "mean_group": "mean"}
 
@@ -26,17 +24,22 @@ class Panel:
     """One panel as a figure's YAML describes it.
 
     kind      curves (metric against examples) | bars (first, last or mean value) | path (metric against x_metric as training goes)
-              | xy (columns of a CSV) | reliability (predicted against observed probability, from a CSV or JSON)
+              | xy (columns of a table) | binned (means of y in ``bins`` equally full bins of x) | reliability (predicted against
+              observed probability); these three read a CSV, JSON or JSONL file
     split     comma-separated: the first in which the metric was logged
     group     "" (all examples) | worst_group | mean_group | group_<name> | * (each group); bars take a comma-separated list
     bins      curves: average over so many equal stretches of examples (for what is logged every step)
-    lines     reference lines: {label: value} or {label: {group name: value}}
+    methods   only these; default: all
+    lines     dotted reference lines, named in the legend: {label: value} or {label: {group name: value}}
     moving    curves: leave out methods for which the metric never changes (the weights of an unweighted run)
     optional  leave the panel out when no run logged the metric
-    x, y, series, low, high   xy: column names; reliability: x is the prediction, y the outcome, series the method
+    xscale    linear | log | category (xy: the values of x, equally spaced in their order)
+    x, y, series, low, high   column names; low, high: xy; reliability: x is the prediction, y the outcome; series: the method
+    where     {column: value}: only such rows of the file
+    cluster   binned: column of what several rows may share (a prompt); intervals rest on it
     """
 
-    kind: Literal["curves", "bars", "path", "xy", "reliability"]
+    kind: Literal["curves", "bars", "path", "xy", "binned", "reliability"]
     title: str = ""
     metric: str = ""
     x_metric: str = ""
@@ -48,7 +51,8 @@ class Panel:
     ylabel: str = ""
     ylim: list[float | None] | None = None
     yscale: Literal["linear", "log"] = "linear"
-    xscale: Literal["linear", "log"] = "linear"
+    xscale: Literal["linear", "log", "category"] = "linear"
+    methods: list[str] = field(default_factory=list)
     lines: dict[str, Any] = field(default_factory=dict)
     moving: bool = False
     optional: bool = False
@@ -57,6 +61,11 @@ class Panel:
     series: str = ""
     low: str = ""
     high: str = ""
+    where: dict[str, Any] = field(default_factory=dict)
+    cluster: str = ""
+
+    def shows(self, method: str) -> bool:
+        return not self.methods or method in self.methods
 
 
 @dataclass
@@ -103,7 +112,11 @@ def draw_curves(
     drawn = Drawn()
     split = loaded.first_split(panel.split, panel.metric, panel.group)
     names = loaded.groups(split, panel.metric) if panel.group == "*" else [panel.group]
-    chosen = [m for m in methods if not panel.moving or moves(loaded, m, split, panel.metric, names)]
+    chosen = [
+        m
+        for m in methods
+        if panel.shows(m) and (not panel.moving or moves(loaded, m, split, panel.metric, names))
+    ]
     curves = [
         c
         for m in chosen
@@ -135,8 +148,10 @@ def draw_curves(
             for c in curves
         ],
     }
-    _reference_lines(ax, panel, groups)
-    _limits(ax, panel, [y for c in curves for *_, y in c.seeds], [b for c in curves for b in (c.low, c.high)])
+    draw_lines(ax, panel, groups)
+    finish_axes(
+        ax, panel, [y for c in curves for *_, y in c.seeds], [b for c in curves for b in (c.low, c.high)]
+    )
     ax.xaxis.set_major_formatter(FuncFormatter(thousands))
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel(panel.xlabel or "examples")
@@ -193,6 +208,8 @@ def draw_path(
     drawn = Drawn()
     split = loaded.first_split(panel.split, panel.metric, panel.group)
     for method, look in methods.items():
+        if not panel.shows(method):
+            continue
         xs, ys = (
             curve(loaded, method, split, m, panel.group, panel.bins, carry)
             for m in (panel.x_metric, panel.metric)
@@ -212,8 +229,8 @@ def draw_path(
     drawn.facts = {"split": split, "hollow": "first evaluation", "full": "last evaluation"}
     ax.margins(0.06)
     ax.set_xlabel(panel.xlabel or panel.x_metric)
-    _reference_lines(ax, panel, groups)
-    _limits(ax, panel, [], [])
+    draw_lines(ax, panel, groups)
+    finish_axes(ax, panel)
     return drawn
 
 
@@ -232,9 +249,10 @@ def draw_bars(
     wanted = [g.strip() for g in panel.group.split(",")]
     split = loaded.first_split(panel.split, panel.metric, "*" if "*" in wanted else wanted[0])
     slots = [g for w in wanted for g in (loaded.groups(split, panel.metric) if w == "*" else [w])]
-    bars = {(m, g): bar(loaded, m, split, panel.metric, g, panel.at) for m in methods for g in slots}
-    slots = [g for g in slots if any(bars[m, g] for m in methods)]
-    present = [m for m in methods if any(bars[m, g] for g in slots)]
+    shown = [m for m in methods if panel.shows(m)]
+    bars = {(m, g): bar(loaded, m, split, panel.metric, g, panel.at) for m in shown for g in slots}
+    slots = [g for g in slots if any(bars[m, g] for m in shown)]
+    present = [m for m in shown if any(bars[m, g] for g in slots)]
     width = 0.8 / max(len(present), 1)
     for i, method in enumerate(present):
         for j, group in enumerate(slots):
@@ -256,10 +274,10 @@ def draw_bars(
     ax.grid(visible=False, axis="x")
     ax.set_xlim(-0.55, len(slots) - 0.45)
     drawn.facts = {"split": split, "at": panel.at, "groups": slots}
-    for label, value in panel.lines.items():
-        _bar_reference(ax, label, value, slots)
-    shown = [b for b in bars.values() if b is not None]
-    _limits(ax, panel, [[b.mean] for b in shown] + [[0.0]], [[b.low, b.high] for b in shown])
+    for value in panel.lines.values():
+        _bar_reference(ax, value, slots)
+    drawn_bars = [b for b in bars.values() if b is not None]
+    finish_axes(ax, panel, [[b.mean] for b in drawn_bars] + [[0.0]], [[b.low, b.high] for b in drawn_bars])
     return drawn
 
 
@@ -281,143 +299,28 @@ def _draw_bar(ax: Axes, b: Bar, x: float, width: float, look: Look) -> None:
         ax.plot(x + spread, [y for *_, y in b.seeds], "o", color="white", mec=INK, mew=0.5, markersize=2.4)
 
 
-def _bar_reference(ax: Axes, label: str, value: Any, slots: Sequence[str]) -> None:
+def _bar_reference(ax: Axes, value: Any, slots: Sequence[str]) -> None:
     values = value if isinstance(value, Mapping) else {group_label(g): value for g in slots}
-    at = [(j, values[group_label(g)]) for j, g in enumerate(slots) if group_label(g) in values]
-    for j, y in at:
-        ax.plot([j - 0.46, j + 0.46], [y, y], color="black", linewidth=1.1, linestyle=(0, (2, 1)))
-    if at:
-        j, y = at[-1]
-        ax.annotate(
-            label,
-            (j + 0.46, y),
-            (0, 2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=6,
-            color=INK,
-        )
-
-
-# ---------------------------------------------------------------------------------------------- from a file
-
-
-def draw_xy(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[str, Look]) -> Drawn:
-    """Lines through the rows of a CSV, one per value of ``series``, with a band where ``low`` and ``high`` name columns."""
-    drawn = Drawn()
-    _need_columns(panel, table, [c for c in (panel.x, panel.y, panel.series, panel.low, panel.high) if c])
-    for name, part in _series(panel, table):
-        part, look = part.sort_values(panel.x, kind="stable"), methods[name]
-        x, y = part[panel.x].to_numpy(np.float64), part[panel.y].to_numpy(np.float64)
-        ax.plot(x, y, color=look.colour, linestyle=look.dash, marker=look.marker)
-        low, high = (
-            part[c].to_numpy(np.float64) if c else np.full(len(x), np.nan) for c in (panel.low, panel.high)
-        )
-        if panel.low and panel.high:
-            ax.fill_between(x, low, high, color=look.colour, alpha=0.16, linewidth=0)
-        drawn.saw(name, 0)
-        for row in zip(x, y, low, high, strict=True):
-            drawn.add(panel.title, "mean", name, "", **dict(zip(("x", "y", "low", "high"), row, strict=True)))
-    ax.set_xlabel(panel.xlabel or panel.x)
-    _reference_lines(ax, panel, {})
-    _limits(ax, panel, [], [])
-    return drawn
-
-
-def draw_reliability(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[str, Look]) -> Drawn:
-    """Observed frequency against mean predicted probability in ten equally wide bins, with Wilson intervals.
-
-    The expected calibration error (mean of |observed - predicted| weighted by the bins' sizes) goes into the panel's corner.
-    """
-    drawn = Drawn()
-    _need_columns(panel, table, [c for c in (panel.x, panel.y, panel.series) if c])
-    ax.plot([0, 1], [0, 1], color=PALE, linewidth=0.8, linestyle=(0, (2, 2)))
-    notes = []
-    for name, part in _series(panel, table):
-        p, outcome = part[panel.x].to_numpy(np.float64), part[panel.y].to_numpy(np.float64)
-        if not ((p >= 0) & (p <= 1) & (outcome >= 0) & (outcome <= 1)).all():
-            raise UserError(
-                f"{panel.x}, {panel.y}: predictions and outcomes must be probabilities between 0 and 1"
-            )
-        index = np.minimum((p * 10).astype(int), 9)
-        n = np.bincount(index, minlength=10).astype(np.float64)
-        some = n > 0
-        predicted, observed = (
-            np.bincount(index, weights=v, minlength=10)[some] / n[some] for v in (p, outcome)
-        )
-        low, high = wilson_bounds(observed * n[some], n[some], LEVEL)
-        look = methods[name]
-        ax.errorbar(
-            predicted,
-            observed,
-            [observed - low, high - observed],
-            color=look.colour,
-            marker=look.marker,
-            linewidth=0.9,
-        )
-        error = float((np.abs(observed - predicted) * n[some]).sum() / n.sum())
-        notes.append(f"{name}: ECE {error:.3f}" if name else f"ECE {error:.3f}")
-        drawn.facts[name or "all"] = {"ece": error, "n": int(n.sum())}
-        drawn.saw(name, int(n.sum()))
-        drawn.intervals.add("bin")
-        for row in zip(predicted, observed, low, high, n[some], strict=True):
-            drawn.add(
-                panel.title, "bin", name, "", **dict(zip(("x", "y", "low", "high", "n"), row, strict=True))
-            )
-    ax.text(
-        0.97, 0.04, "\n".join(notes), ha="right", va="bottom", fontsize=6.5, color=INK, transform=ax.transAxes
-    )
-    ax.set(
-        xlim=(-0.02, 1.02),
-        ylim=(-0.02, 1.02),
-        xlabel=panel.xlabel or "predicted",
-        ylabel=panel.ylabel or "observed",
-    )
-    return drawn
-
-
-def series_names(panel: Panel, table: pd.DataFrame) -> list[str]:
-    return [name for name, _ in _series(panel, table)]
-
-
-def _series(panel: Panel, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    if not panel.series or panel.series not in table.columns:
-        return [("", table)]
-    return [(str(name), part) for name, part in table.groupby(panel.series, sort=False)]
-
-
-def _need_columns(panel: Panel, table: pd.DataFrame, needed: Sequence[str]) -> None:
-    for name in needed:
-        if name not in table.columns:
-            known = list(table.columns)
-            raise UserError(
-                f"data: no column {name!r}{did_you_mean(name, known)}; columns: {', '.join(known)}"
-            )
+    for j, group in enumerate(slots):
+        if (y := values.get(group_label(group))) is not None:
+            ax.plot([j - 0.46, j + 0.46], [y, y], color="black", linewidth=1.1, linestyle=DOTTED)
 
 
 # ---------------------------------------------------------------------------------------------- axes
 
 
-def _reference_lines(ax: Axes, panel: Panel, groups: Mapping[str, Look]) -> None:
-    for label, value in panel.lines.items():
+def draw_lines(ax: Axes, panel: Panel, groups: Mapping[str, Look]) -> None:
+    for value in panel.lines.values():
         each = value if isinstance(value, Mapping) else {"": value}
         for name, y in each.items():
             look = groups.get(f"group_{name}")
-            ax.axhline(
-                y, color=look.colour if look else PALE, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1
-            )
-        top = max(each.values())
-        ax.annotate(
-            label, (0.995, top), (0, 1.5), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", va="bottom", fontsize=6, color=INK,
-        )  # fmt: skip
+            ax.axhline(y, color=look.colour if look else PALE, linewidth=0.9, linestyle=DOTTED, zorder=1)
 
 
-def _limits(ax: Axes, panel: Panel, values: Sequence, bands: Sequence) -> None:
-    """Limits from the data. A band may widen them by the data's own range at most: two seeds have bands 12.7 stderr wide."""
+def finish_axes(ax: Axes, panel: Panel, values: Sequence = (), bands: Sequence = ()) -> None:
+    """Title, labels, scales, and limits from the data. A band may widen them by the data's own range at most: two seeds have bands 12.7 stderr wide."""
     for axis, scale in (("x", panel.xscale), ("y", panel.yscale)):
-        if scale != "linear":
+        if scale == "log":
             ax.set(**{f"{axis}scale": scale})
     ax.set_ylabel(panel.ylabel)
     ax.set_title(panel.title)
@@ -444,4 +347,3 @@ def _limits(ax: Axes, panel: Panel, values: Sequence, bands: Sequence) -> None:
 
 
 RUN_KINDS: dict[str, Callable[..., Drawn]] = {"curves": draw_curves, "bars": draw_bars, "path": draw_path}
-FILE_KINDS: dict[str, Callable[..., Drawn]] = {"xy": draw_xy, "reliability": draw_reliability}

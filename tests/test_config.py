@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from dataclasses import dataclass
 
 import pytest
@@ -295,3 +296,12 @@ def test_build_converts_and_refuses():
         build(Settings, {"rate": True, "names": []}, "x.")
     with pytest.raises(UserError, match=r"x\.names=a: must be a list"):
         build(Settings, {"rate": 1, "names": "a"}, "x.")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is not None, reason="the launcher's package is installed"
+)
+@pytest.mark.parametrize("name", ["slurm", "submitit_local"])
+def test_a_launcher_that_is_not_installed_says_what_to_install(name):
+    with pytest.raises(UserError, match=f"hydra/launcher={name}: not installed; pip install hydra-submitit"):
+        compose([f"hydra/launcher={name}"])

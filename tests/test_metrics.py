@@ -367,9 +367,14 @@ def client(monkeypatch):
 def drive(run_dir: Path, **settings) -> MetricsLog:
     options = {"project": "p", "init_timeout": 0.2, "finish_timeout": 0.2, **settings}
     metrics = open_log(run_dir, WandbSettings(**options), groups=["a", "b"])
+    accuracy = "eval/rewards/accuracies/worst_group"
+    worst = {accuracy: 0.25, f"{accuracy}/ci_low": 0.125}
     for step in (1, 2):
         metrics.write(
-            "eval", step=step, examples=8 * step, values={"eval/loss": step * 1.0, "eval/loss/group_b": 3.0}
+            "eval",
+            step=step,
+            examples=8 * step,
+            values={"eval/loss": step * 1.0, "eval/loss/group_b": 3.0, **worst},
         )
     metrics.samples(16, [{"model": "policy", "prompt": "x", "sample": "y"}] * 5)
     metrics.close()
@@ -388,11 +393,21 @@ def test_everything_reaches_the_mirror(tmp_path, client, logged):
     assert ("define_metric", ("*",), {"step_metric": "examples"}) in fake.calls
     first = fake.of("log")[0][1]
     assert first == {"step": 1, "examples": 8, "eval/loss": 1.0, "eval/loss/group_b": 3.0, "counters/updates": 1,
-                     "counters/examples": 8, "loss/vald": 1.0, "loss/vald_1": 3.0}  # fmt: skip
-    table = fake.of("log")[2][1]
-    assert table["examples"] == 16
-    assert len(table["policy_samples"]["data"]) == 3
-    assert fake.run.summary == {"best/eval/loss": 1.0, "best/eval/loss/group_b": 3.0}
+                     "counters/examples": 8, "loss/vald": 1.0, "loss/vald_1": 3.0,
+                     "eval/rewards/accuracies/worst_group": 0.25, "eval/rewards/accuracies/worst_group/ci_low": 0.125,
+                     "worst_case_rewards_vald/accuracies": 0.25}  # fmt: skip
+    logged_tables = [call[1] for call in fake.of("log") if any(isinstance(v, dict) for v in call[1].values())]
+    groups, _, samples = logged_tables
+    assert groups == {
+        "examples": 8,
+        "eval_groups": {"columns": ["group", "loss", "rewards/accuracies", "rewards/accuracies/ci_low"],
+                        "data": [["b", 3.0, None, None], ["worst_group", None, 0.25, 0.125]]},
+    }  # fmt: skip
+    assert samples["examples"] == 16
+    assert len(samples["policy_samples"]["data"]) == 3
+    assert fake.run.summary == {
+        "best/eval/loss": 1.0, "best/eval/loss/group_b": 3.0, "best/eval/rewards/accuracies/worst_group": 0.25,
+    }  # fmt: skip
     assert fake.of("finish") == [("finish", 0)]
     assert logged == []
 
@@ -409,7 +424,7 @@ def test_whatever_fails_the_run_goes_on_after_one_warning(tmp_path, client, logg
     if fault == "init":
         assert "logging offline" in logged[0]
         assert [options["mode"] for _, options in fake.of("init")] == ["online", "offline"]
-        assert len(fake.of("log")) == 3
+        assert len(fake.of("log")) == 5  # two evaluations, their tables by group, the samples
     if fault == "log":
         assert logged == ["W&B stopped (RuntimeError: server says no); metrics.jsonl goes on"]
 

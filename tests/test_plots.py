@@ -16,7 +16,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from engine.metric_names import older_names
-from engine.stats import wilson
+from engine.stats import cluster_mean, wilson
 from plot_scripts import canvas, load, plot_from_wandb_full_metrics, plot_from_wandb_paper_plots
 from plot_scripts.aggregate import bar, curve
 from plot_scripts.draw import FIGURES, Figure, compose, draw_figure, read_figure
@@ -270,7 +270,6 @@ def test_weights_that_never_move_are_left_out(runs):
     place = {
         **dict.fromkeys(load.COLUMNS),
         "run": "ipo_seed_0",
-        "method": "ipo",
         "split": "train",
         "metric": "weights",
     }
@@ -301,24 +300,86 @@ def test_calibration_is_binned_with_its_expected_error(tmp_path):
     assert facts["panels"][0]["scorer"]["ece"] == pytest.approx((4 * 0.1 + 2 * 0.4) / 6)
 
 
-def test_a_csv_is_drawn_as_it_is_and_missing_columns_are_named(tmp_path):
-    table = pd.DataFrame(
-        {
-            "n": [200, 100, 100, 200],
-            "method": ["b", "b", "a", "a"],
-            "variance": [1.0, 2.0, 3.0, 1.5],
-            "mse": [1.0] * 4,
-        }
-    )
-    table.to_csv(tmp_path / "v.csv", index=False)
-    written = make_figures([f"data={tmp_path / 'v.csv'}", "figure=vrpo_variance", f"out={tmp_path}"])
+@pytest.fixture
+def ratios(tmp_path) -> pd.DataFrame:
+    """As bandits' ratios.csv: the plain loss's variance and regret are 1."""
+    rows = [
+        {"M": m, "lam": lam, "metric": metric, "ratio": r, "low": r - 0.1, "high": r + 0.2}
+        for metric, scale in (("n_margin_variance", 1.0), ("regret", 2.0))
+        for m, r in (("16", 0.3 * scale), ("inf", 0.25 * scale), ("2", 0.8 * scale))
+        for lam in ("auto", "1.0")
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_ratios_against_m_are_drawn_in_order_with_their_intervals(ratios, tmp_path):
+    ratios.to_csv(tmp_path / "r.csv", index=False)
+    written = make_figures([f"data={tmp_path / 'r.csv'}", "figure=vrpo_variance", f"out={tmp_path}"])
     drawn = pd.read_csv(written[2])
-    assert drawn[(drawn["panel"] == "Variance") & (drawn["method"] == "b")][
-        ["x", "y"]
-    ].to_numpy().tolist() == [[100, 2], [200, 1]]
-    table.rename(columns={"mse": "msse"}).to_csv(tmp_path / "v.csv", index=False)
-    with pytest.raises(UserError, match="no column 'mse'; did you mean 'msse'"):
-        make_figures([f"data={tmp_path / 'v.csv'}", "figure=vrpo_variance", f"out={tmp_path}"])
+    one = drawn[(drawn["panel"] == "Variance of the margins") & (drawn["method"] == "auto")]
+    assert one[["x", "y", "low", "high"]].to_numpy() == pytest.approx(
+        np.array([[2, 0.8, 0.7, 1.0], [16, 0.3, 0.2, 0.5], [np.inf, 0.25, 0.15, 0.45]])
+    )
+    with canvas.styled():
+        figure = compose(read_figure("vrpo_variance")[1], None, pd.read_csv(tmp_path / "r.csv")).figure
+    for ax, scale in zip(figure.axes, (1.0, 2.0), strict=True):
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["2", "16", "\N{INFINITY}"]
+        assert ax.get_ylim()[0] == 0.0
+        points = [line for line in ax.lines if line.get_marker() not in ("None", "_", "|")]
+        assert points[0].get_ydata() == pytest.approx([0.8 * scale, 0.3 * scale, 0.25 * scale])
+    assert [t.get_text() for t in figure.legends[1].get_texts()] == ["plain loss"]
+
+
+def test_columns_and_values_that_a_file_lacks_are_named(ratios, tmp_path):
+    def message(table: pd.DataFrame) -> str:
+        table.to_csv(tmp_path / "r.csv", index=False)
+        with pytest.raises(UserError) as caught:
+            make_figures([f"data={tmp_path / 'r.csv'}", "figure=vrpo_variance", f"out={tmp_path}"])
+        return str(caught.value)
+
+    assert "no column 'ratio'; did you mean 'ratios'" in message(ratios.rename(columns={"ratio": "ratios"}))
+    assert "no row with metric=regret; there are n_margin_variance" in message(
+        ratios[ratios["metric"] != "regret"]
+    )
+
+
+def test_samples_are_binned_by_their_log_ratio_with_prompts_as_clusters(tmp_path):
+    """Two models, two prompts of ten samples each; the first model's reward rises with its log-ratio."""
+    rows = [
+        {"first": model, "second": second, "prompt_key": f"p{i // 10}", "log_ratio": i / 2.0, "p": slope * i / 20.0}
+        for model, slope in (("policy", 1.0), ("against", 0.0))
+        for second in ("reference", "chosen")
+        for i in range(20)
+    ]  # fmt: skip
+    rows.append({**rows[0], "p": None})  # a judge that could not be read
+    (tmp_path / "wins.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    written = make_figures(
+        [f"data={tmp_path / 'wins.jsonl'}", "figure=log_ratio_vs_reward", f"out={tmp_path}"]
+    )
+    drawn = pd.read_csv(written[2])
+    policy = drawn[drawn["method"] == "policy"]
+    assert policy["n"].tolist() == [3, 3, 3, 3, 2, 2, 2, 2]
+    assert policy["x"].tolist()[:2] == pytest.approx([0.5, 2.0])
+    assert policy["y"].tolist()[:2] == pytest.approx([0.05, 0.2])
+    # the fourth bin holds 9, 10 and 11, of two prompts
+    expected = cluster_mean([0.45, 0.5, 0.55], ["p0", "p1", "p1"])
+    assert (policy["low"].iloc[3], policy["high"].iloc[3]) == pytest.approx((expected.low, expected.high))
+    assert (drawn[drawn["method"] == "against"]["y"] == 0.0).all()
+
+
+def test_a_panel_of_one_method_leaves_the_others_out(runs):
+    panels = [
+        Panel(kind=kind, metric="loss", split="test", methods=["ipo"], lines={"floor": 0.5})
+        for kind in ("curves", "bars")
+    ]
+    with canvas.styled():
+        sheet = compose(Figure(panels, columns=2), load.load_directories([runs]))
+    assert sheet.provenance["n"] == {"ipo": 3}
+    assert {row["method"] for row in sheet.rows} == {"ipo"}
+    assert [t.get_text() for legend in sheet.figure.legends for t in legend.get_texts()] == [
+        "ipo (n = 3)",
+        "floor",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- warnings
@@ -334,7 +395,7 @@ def warnings_and_text(loaded):
 def test_clean_runs_have_no_warning(runs):
     assert warnings_and_text(load.load_directories([runs])) == (
         [],
-        "method n: seeds; mean and 95 % t interval over seeds",
+        "method held-out: test split; n: seeds; mean and 95 % t interval over seeds",
     )
 
 
@@ -384,7 +445,8 @@ def test_truncated_bars_say_where_their_axis_starts(runs):
 
 
 def test_every_figure_that_is_drawn_from_runs_can_be(runs):
-    names = sorted({p.stem for p in FIGURES.glob("*.yaml")} - {"vrpo_variance", "calibration"})
+    from_files = {"vrpo_variance", "calibration", "log_ratio_vs_reward"}
+    names = sorted({p.stem for p in FIGURES.glob("*.yaml")} - from_files - {"vrpo_training"})
     assert len(names) == 8
     loaded = load.load_directories([runs])
     with canvas.styled():
@@ -393,6 +455,21 @@ def test_every_figure_that_is_drawn_from_runs_can_be(runs):
             sheet = compose(figure, loaded)
             assert len(sheet.provenance["panels"]) == len(figure.panels), name
             assert sheet.provenance["n"] == {"gr_ipo": 3, "ipo": 3}
+
+
+def test_the_training_of_vrpo_is_drawn_from_its_diagnostics(tmp_path):
+    for seed in (0, 1):
+        folder = make_run(tmp_path, "vrpo", seed)
+        rows = [
+            {"kind": "train", "step": x // 10, "examples": x, "train/vrpo/variance_removed": (x + seed) / 1000, "train/vrpo/brier": 0.2}
+            for x in (100, 200, 300)
+        ]  # fmt: skip
+        with (folder / "metrics.jsonl").open("a") as handle:
+            handle.write("".join(json.dumps(row) + "\n" for row in rows))
+    written = make_figures(["figure=vrpo_training", f"runs={tmp_path}", f"out={tmp_path}"])
+    drawn = pd.read_csv(written[2])
+    means = drawn[(drawn["panel"] == "Gradient variance removed") & (drawn["kind"] == "mean")]
+    assert means["y"].tolist() == pytest.approx([0.1005, 0.2005, 0.3005])
 
 
 def test_a_redraw_in_another_process_gives_the_same_bytes(runs, tmp_path):
@@ -579,20 +656,23 @@ def test_paper_plots_draw_the_three_figures(runs, tmp_path):
     assert start["y"].tolist() == pytest.approx(expected)
 
 
-def test_quickstart_figure_has_four_panels_with_the_reference_rate(runs, tmp_path):
+def test_quickstart_figure_has_a_loss_per_method_and_the_reference_rate(runs, tmp_path):
     lines = {"Bayes rate": {"north": 0.9, "south": 0.8}}
     written = quickstart_figure([runs / "gr_ipo_seed_0", runs / "ipo_seed_0"], tmp_path, lines)
     facts = json.loads(written[3].read_text())
     assert [p["title"] for p in facts["panels"]] == [
-        "Held-out loss",
+        "gr_ipo: held-out loss",
+        "ipo: held-out loss",
         "Held-out accuracy",
         "Accuracy at the end",
         "Group weights",
     ]
     drawn = pd.read_csv(written[2])
+    loss = drawn[(drawn["panel"] == "ipo: held-out loss") & (drawn["kind"] == "run")]
+    assert loss["y"].tolist() == pytest.approx([loss_at(x, 0) for x in range(0, 501, 100)])
     last = drawn[
         (drawn["panel"] == "Accuracy at the end") & (drawn["method"] == "ipo") & (drawn["kind"] == "bar")
     ]
     assert last["low"].tolist() == pytest.approx([wilson(share_at(500, 0, g) * 40, 40).low for g in (0, 1)])
     one = quickstart_figure([runs / "ipo_seed_0"], tmp_path, {"Bayes rate": 0.9}, name="plain")
-    assert json.loads(one[3].read_text())["panels"][3]["title"] == "Reward margin"
+    assert len(json.loads(one[3].read_text())["panels"]) == 3  # no weights without a weighting

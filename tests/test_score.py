@@ -236,6 +236,8 @@ def test_win_rates_are_means_over_prompts_of_who_is_better(compared):
         ]
         assert row["n"] == "8"  # prompts, not responses
     assert any(w["by"] == "reward_model" and 0 < w["p"] < 1 and w["win"] in (0, 1) for w in wins)
+    ratios = {(s["uid"], s["sample"]): s["policy_log_ratio"] for s in samples}
+    assert all(w["log_ratio"] == ratios[w["uid"], w["sample"]] for w in wins if w["first"] == "policy")
 
 
 def test_two_checkpoints_are_compared_on_the_same_examples(compared):
