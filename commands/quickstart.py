@@ -46,6 +46,8 @@ PREFERENCE = [
     "lr=1e-3",
     "lr_schedule=cosine",
     "n_epochs=4",
+    "sample_during_eval=true",  # for the report
+    "sample_max_new_tokens=8",
     "exp_name=quickstart/dpo",
 ]
 
@@ -80,7 +82,8 @@ def main() -> None:
             json.loads((preference / "results.json").read_text(encoding="utf-8")), bayes, bayes_accuracy(test)
         )
     )
-    print("\n".join(f"  {path}" for path in [sft, preference, *figure, *pages]))
+    print("\n".join(f"  {path}" for path in [sft, preference, *figure]))
+    print("\n".join(f"  {path}   (curves, tables and samples; opens in a browser)" for path in pages))
 
 
 def table(results: dict, bayes: dict[str, float], overall: float) -> str:

@@ -28,18 +28,21 @@ from utils import UserError, write_atomic
 
 FIGURES = ("training_curves", "worst_group", "throughput")
 AGGREGATES = ("", "mean_group", "worst_group")
+FIRST = ("rewards/accuracies", "loss")  # of the table of results
 NOT_SHOWN = ("group_counts", "num_examples")
 PIXELS = 150  # on the page, per inch of a figure
 HARDEST = 10  # examples with the largest loss that are listed
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1080px;margin:2em auto;padding:0 1em}
-h1{font-size:1.5em;margin-bottom:.1em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd;padding-bottom:.2em}
-.facts{color:#555}.warn{background:#fff4e8;border:1px solid #e0b080;color:#7a2e00;padding:.5em .8em;border-radius:4px;margin:.4em 0}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86em}th,td{padding:.25em .7em;border-bottom:1px solid #e8e8e8;text-align:left;vertical-align:top}
-th{color:#555;font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.ci{display:block;color:#777;font-size:.82em}
-tbody tr:hover{background:#f7f9fb}
-img{max-width:100%;height:auto}td.text{white-space:pre-wrap;min-width:14em;max-width:26em;overflow-wrap:anywhere}
-pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:.82em}details{margin:.6em 0}summary{cursor:pointer;color:#0060a0}
+:root{color-scheme:light dark;--ink:#222;--paper:#fff;--pale:#666;--line:#ddd;--row:#f5f7f9;--link:#0060a0;--warn:#7a2e00;--warnpaper:#fff4e8;--warnline:#e0b080}
+@media (prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#161819;--pale:#9a9fa3;--line:#3a3f43;--row:#212527;--link:#7fbcf0;--warn:#ffcf9e;--warnpaper:#33261a;--warnline:#7a5530}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1080px;margin:2em auto;padding:0 1em}
+h1{font-size:1.5em;margin-bottom:.1em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid var(--line);padding-bottom:.2em}
+.facts{color:var(--pale)}.warn{background:var(--warnpaper);border:1px solid var(--warnline);color:var(--warn);padding:.5em .8em;border-radius:4px;margin:.4em 0}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86em}th,td{padding:.25em .7em;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+th{color:var(--pale);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.ci{display:block;color:var(--pale);font-size:.82em}
+tbody tr:hover{background:var(--row)}.from{display:block;font-weight:400;font-size:.9em;overflow-wrap:anywhere}
+img{max-width:100%;height:auto;background:#fff;border-radius:4px}td.text{white-space:pre-wrap;min-width:11em;max-width:26em;overflow-wrap:anywhere}
+pre{background:var(--row);padding:.8em;overflow-x:auto;font-size:.82em}details{margin:.6em 0}summary{cursor:pointer;color:var(--link)}
 """
 
 
@@ -99,9 +102,8 @@ def results(loaded: Loaded) -> str:
     parts = []
     method = loaded.methods[0]
     for split in ("test", "eval", "train_eval"):
-        metrics = sorted(
-            {m for _, s, m, _ in loaded.series if s == split and "/ci_" not in m and m not in NOT_SHOWN}
-        )
+        logged = {m for _, s, m, _ in loaded.series if s == split and "/ci_" not in m and m not in NOT_SHOWN}
+        metrics = [m for m in FIRST if m in logged] + sorted(logged - set(FIRST))
         groups = list(
             dict.fromkeys(
                 g
@@ -151,8 +153,9 @@ def curves(loaded: Loaded) -> str:
     return "<h2>Curves</h2>\n" + "".join(parts) if parts else ""
 
 
-def samples(folder: Path) -> str:
-    """Responses to the same prompts: the policy at the first evaluation (the SFT model, in a preference run), the reference, the policy now."""
+def samples(loaded: Loaded, folder: Path) -> str:
+    """Responses to the same prompts: of the policy at the first evaluation (in a preference run, the SFT model that it starts
+    from), of the reference, and of the policy now."""
     files = sorted(
         (p for p in (folder / "samples").glob("*.jsonl") if p.stem.isdigit()), key=lambda p: int(p.stem)
     )
@@ -160,21 +163,24 @@ def samples(folder: Path) -> str:
         return ""
     columns: dict[str, dict[str, str]] = {}
     prompts: dict[str, tuple[str, str]] = {}
-    for file in dict.fromkeys((files[0], files[-1])):
+    first, last = (f"policy at {int(file.stem):,} examples" for file in (files[0], files[-1]))
+    for file, policy in {files[0]: first, files[-1]: last}.items():
         for row in read_rows(file):
-            name = row["model"] if row["model"] != "policy" else f"policy at {int(file.stem):,} examples"
+            name = policy if row["model"] == "policy" else row["model"]
             cut = "" if row.get("finished", True) else " […]"
             columns.setdefault(name, {})[row["uid"]] = escape(row["sample"]) + cut
             prompts.setdefault(row["uid"], (row.get("group", ""), row["prompt"]))
-    order = sorted(
-        columns, key=lambda name: (name == f"policy at {int(files[-1].stem):,} examples", name == "reference")
-    )
+    order = sorted(columns, key=lambda name: (name == last, name == "reference"))
+    heads = {name: escape(name) for name in order}
+    archive = loaded.runs[0].config.get("model.archive")
+    if archive and files[0].stem == "0":
+        heads[first] += f'<span class="from">{escape(str(archive))}</span>'
     rows = [
         [escape(group), escape(prompt), *(columns[c].get(uid, "") for c in order)]
         for uid, (group, prompt) in prompts.items()
     ]
-    note = "<p>[…]: cut at the length limit.</p>\n"
-    return "<h2>Samples</h2>\n" + note + table(["group", "prompt", *map(escape, order)], rows, text=True)
+    note = "<p>One draw each, at temperature 1. […]: cut at the length limit.</p>\n"
+    return "<h2>Samples</h2>\n" + note + table(["group", "prompt", *heads.values()], rows, text=True)
 
 
 def hardest(folder: Path) -> str:
@@ -224,7 +230,7 @@ def page(folder: Path) -> str:
         header(loaded, folder)
         + results(loaded)
         + curves(loaded)
-        + samples(folder)
+        + samples(loaded, folder)
         + hardest(folder)
         + settings(folder)
     )

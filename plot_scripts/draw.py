@@ -38,6 +38,7 @@ CAPTIONS = {
     "seeds": "n: seeds; mean and 95 % t interval over seeds",
     "run": "n = 1: 95 % interval over the examples of the one run",
     "bin": "n: rows; bars: 95 % Wilson intervals of ten bins",
+    "file": "bars and bands: 95 % intervals as recorded",
     "binned": "n: rows, in equally full bins; bars: 95 % t intervals",
 }
 SPLITS = {"eval": "validation split", "test": "test split"}
@@ -116,7 +117,7 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
     ]
     warnings = list(dict.fromkeys(warnings))
     legends = [
-        ("method", _method_handles(counts, methods, all(p.kind == "bars" for p in panels))),
+        (_heading(panels), _method_handles(counts, methods, all(p.kind == "bars" for p in panels))),
         ("group", _group_handles(groups)),
         ("dotted", _line_handles(panels)),
     ]
@@ -195,6 +196,12 @@ def _group_looks(panels: Sequence[Panel], loaded: Loaded | None) -> dict[str, ca
             names.update(dict.fromkeys(loaded.groups(split, panel.metric)))
     n = len(GROUP_COLOURS)
     return {g: canvas.Look(GROUP_COLOURS[i % n], "-", canvas.MARKERS[i % 7]) for i, g in enumerate(names)}
+
+
+def _heading(panels: Sequence[Panel]) -> str:
+    """What the legend's names are: methods, or the values of the column that a file's panels are split by."""
+    columns = {panel.series if panel.kind in FILE_KINDS else "" for panel in panels}
+    return (columns.pop() or "method") if len(columns) == 1 else "method"
 
 
 def _method_handles(

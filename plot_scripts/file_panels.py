@@ -19,7 +19,7 @@ from utils import UserError, did_you_mean
 def draw_xy(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[str, Look]) -> Drawn:
     """Lines through the rows, one per value of ``series``; ``low`` and ``high``: a band, or bars on an axis of categories."""
     drawn = Drawn()
-    table = _rows(panel, table, [panel.x, panel.y, panel.low, panel.high])
+    table = _rows(panel, table, [panel.x, panel.y, panel.low, panel.high, panel.count])
     categories = sorted(table[panel.x].unique()) if panel.xscale == "category" else []
     for number, (name, part) in enumerate(_series(panel, table)):
         part, look = part.sort_values(panel.x, kind="stable"), methods[name]
@@ -36,7 +36,8 @@ def draw_xy(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[str, L
             x = part[panel.x].to_numpy(np.float64)
             ax.plot(x, y, **style)
             ax.fill_between(x, low, high, color=look.colour, alpha=0.16, linewidth=0)
-        drawn.saw(name, 0)
+        drawn.saw(name, int(part[panel.count].max()) if panel.count else 0)
+        drawn.intervals |= {"file"} if panel.low and panel.high else set()
         for row in zip(part[panel.x], y, low, high, strict=True):
             drawn.add(panel.title, "mean", name, "", **dict(zip(("x", "y", "low", "high"), row, strict=True)))
     if categories:

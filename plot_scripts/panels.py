@@ -35,6 +35,7 @@ class Panel:
     optional  leave the panel out when no run logged the metric
     xscale    linear | log | category (xy: the values of x, equally spaced in their order)
     x, y, series, low, high   column names; low, high: xy; reliability: x is the prediction, y the outcome; series: the method
+    count     xy: column of what a row rests on, for the legend's n
     where     {column: value}: only such rows of the file
     cluster   binned: column of what several rows may share (a prompt); intervals rest on it
     """
@@ -61,6 +62,7 @@ class Panel:
     series: str = ""
     low: str = ""
     high: str = ""
+    count: str = ""
     where: dict[str, Any] = field(default_factory=dict)
     cluster: str = ""
 

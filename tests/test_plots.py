@@ -304,7 +304,7 @@ def test_calibration_is_binned_with_its_expected_error(tmp_path):
 def ratios(tmp_path) -> pd.DataFrame:
     """As bandits' ratios.csv: the plain loss's variance and regret are 1."""
     rows = [
-        {"M": m, "lam": lam, "metric": metric, "ratio": r, "low": r - 0.1, "high": r + 0.2}
+        {"M": m, "lam": lam, "metric": metric, "ratio": r, "low": r - 0.1, "high": r + 0.2, "n": 50}
         for metric, scale in (("n_margin_variance", 1.0), ("regret", 2.0))
         for m, r in (("16", 0.3 * scale), ("inf", 0.25 * scale), ("2", 0.8 * scale))
         for lam in ("auto", "1.0")
@@ -327,7 +327,9 @@ def test_ratios_against_m_are_drawn_in_order_with_their_intervals(ratios, tmp_pa
         assert ax.get_ylim()[0] == 0.0
         points = [line for line in ax.lines if line.get_marker() not in ("None", "_", "|")]
         assert points[0].get_ydata() == pytest.approx([0.8 * scale, 0.3 * scale, 0.25 * scale])
-    assert [t.get_text() for t in figure.legends[1].get_texts()] == ["plain loss"]
+    texts = [[t.get_text() for t in legend.get_texts()] for legend in figure.legends]
+    assert texts == [["auto (n = 50)", "1.0 (n = 50)"], ["plain loss"]]
+    assert "lam" in {t.get_text() for t in figure.texts}
 
 
 def test_columns_and_values_that_a_file_lacks_are_named(ratios, tmp_path):
