@@ -358,6 +358,9 @@ class Mirror:
     def _open(self, mode: str, **options: Any) -> Any:
         # The client reports to its makers, offline too, and with a silent server waits 20 s at exit for that (0.31).
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if not (os.environ.get("HOME") or os.environ.get("XDG_CACHE_HOME")):
+            # its service would log to our stderr and keep its cache in the working directory (0.31)
+            os.environ["XDG_CACHE_HOME"] = str(Path(self._init["dir"], "wandb", "cache").resolve())
         import wandb  # here: 0.3 s that runs without W&B need not wait for
 
         settings = wandb.Settings(

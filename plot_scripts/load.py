@@ -87,16 +87,16 @@ class Loaded:
 
     @property
     def methods(self) -> list[str]:
-        """Labels in the order of first appearance."""
+        """Labels, those that were given by hand first, in their order."""
         return list(dict.fromkeys(info.method for info in self.runs))
 
     def of(self, method: str) -> list[RunInfo]:
         return [info for info in self.runs if info.method == method]
 
     def groups(self, split: str, metric: str) -> list[str]:
-        """Names of the groups ("group_<name>") for which the metric was logged, in the order they were logged."""
+        """Names of the groups ("group_<name>") for which the metric was logged; W&B does not keep the order of a row's keys."""
         chosen = self.table[(self.table["split"] == split) & (self.table["metric"] == metric)]
-        return [g for g in chosen["group"].unique() if g.startswith("group_")]
+        return sorted((g for g in chosen["group"].unique() if g.startswith("group_")), key=in_order)
 
     def has(self, split: str, metric: str, group: str = "") -> bool:
         return any(key[1:] == (split, metric, group) for key in self.series)
@@ -134,6 +134,13 @@ def older_names_of(raw: RawRun) -> dict[str, str]:
     return our_names(groups, validation=any("_vald" in key or "/vald" in key for key in keys))
 
 
+def in_order(name: str) -> list[tuple[bool, int, str]]:
+    """Sorting key: numbers inside names count as numbers (goqa_2 before goqa_10)."""
+    return [
+        (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings -> {"loss.beta": 0.1, ...}."""
     flat: dict[str, Any] = {}
@@ -148,10 +155,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def tidy(
     raw_runs: Iterable[RawRun], by: Sequence[str] = (), labels: Mapping[str, str] | None = None
 ) -> Loaded:
-    """Raw runs -> Loaded. ``by``: config keys whose values name the method; ``labels``: {automatic label: display name}."""
+    """Raw runs -> Loaded. ``by``: config keys whose values name the method; ``labels``: {automatic label: display name}.
+
+    Runs are put in order (of ``labels``, else by method; then by seed), whatever the order in which a source gives them.
+    """
     frames, runs, notes = [], [], []
-    for raw in raw_runs:
-        info = _describe(raw, by, labels or {})
+    first = {label: i for i, label in enumerate((labels or {}).values())}
+
+    def place(pair: tuple[RawRun, RunInfo]) -> tuple:
+        info = pair[1]
+        seed = -1 if info.seed is None else info.seed
+        return first.get(info.method, len(first)), in_order(info.method), seed, in_order(info.run)
+
+    for raw, info in sorted(((r, _describe(r, by, labels or {})) for r in raw_runs), key=place):
         frame, skipped = _frame(raw, info)
         if skipped:
             notes.append(f"{info.run}: {skipped} values are not finite and were left out")
@@ -253,6 +269,7 @@ def _frame(raw: RawRun, info: RunInfo) -> tuple[pd.DataFrame, int]:
 def _with_aggregates(table: pd.DataFrame) -> pd.DataFrame:
     """Add worst_group (largest loss, smallest accuracy) and mean_group where a run logged groups but not these."""
     grouped = table[table["group"].str.startswith("group_") & ~table["metric"].str.contains("/ci_")]
+    grouped = grouped.sort_values("group", kind="stable")  # sums depend on the order, which sources do not share
     better = {metric: direction(metric) for metric in grouped["metric"].unique()}
     grouped = grouped[grouped["metric"].map(better).notna()]
     if grouped.empty:

@@ -9,7 +9,7 @@ entity= project=   instead of runs: Weights & Biases, with filters={config.loss.
 data=FILE          CSV, JSON or JSONL for figures that are drawn from a file (vrpo_variance, calibration, log_ratio_vs_reward)
 out=DIR            where <figure>.pdf, .png, .csv and .json go (default: figures)
 by=loss.name,lr    config keys that name a method (default: the loss, and the weighting where there is one)
-labels={ripo: GR-IPO}   display names
+labels={ripo: GR-IPO}   display names, and the order of the methods
 carry=true         draw stopped runs on at their last value, marked; the default ends their lines
 split= title= columns=  override the figure's own
 """
