@@ -402,7 +402,7 @@ class _Session:
             "examples": trainer.examples,
             "seconds": round(time.time() - self.started, 1),
             "metric": metric,
-            "exp_name": self.config.exp_name,
+            "exp_name": self.name,
             "loss": self.run_.plain["loss"]["name"],
             "splits": splits,
         }

@@ -71,8 +71,11 @@ def tell(error: BaseException) -> bool:
 def job(cfg: DictConfig) -> float | None:
     """Train; the watched metric, for sweepers."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     run = resolve(cfg)
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        log.info("job %d: %s", HydraConfig.get().job.num, run.config.run_dir)
     if run.config.trainer.parallel != "none" and "RANK" not in os.environ:
         code = launch(run, list(HydraConfig.get().overrides.task))
         if code:

@@ -8,6 +8,7 @@ other prompts, their order or the batch size (up to rounding of the logits), and
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -178,11 +179,19 @@ def _generate_batch(
             input_ids=tokens[:, None],
             attention_mask=mask,
             position_ids=(lengths[alive.to(device)] + t)[:, None],
-            past_key_values=cache,
+            **{_cache_name(model): cache},
             use_cache=True,
         ).logits[:, -1]
     ids = drawn.numpy().astype(np.int32)
     return [Sample(ids[i, : num_drawn[i]].copy(), bool(finished[i])) for i in range(len(prompts))]
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What forward calls its cache: transformers renamed it in 5.24, and warns about the older name."""
+    base = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # PEFT's own forward takes anything
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def _read_prompts(
@@ -205,7 +214,7 @@ def _read_prompts(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **{_cache_name(model): cache},
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]

@@ -269,7 +269,9 @@ def _frame(raw: RawRun, info: RunInfo) -> tuple[pd.DataFrame, int]:
 def _with_aggregates(table: pd.DataFrame) -> pd.DataFrame:
     """Add worst_group (largest loss, smallest accuracy) and mean_group where a run logged groups but not these."""
     grouped = table[table["group"].str.startswith("group_") & ~table["metric"].str.contains("/ci_")]
-    grouped = grouped.sort_values("group", kind="stable")  # sums depend on the order, which sources do not share
+    grouped = grouped.sort_values(
+        "group", kind="stable"
+    )  # sums depend on the order, which sources do not share
     better = {metric: direction(metric) for metric in grouped["metric"].unique()}
     grouped = grouped[grouped["metric"].map(better).notna()]
     if grouped.empty:

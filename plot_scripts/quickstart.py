@@ -33,7 +33,7 @@ def quickstart_figure(
             title=f"{method}: held-out loss",
             metric="loss",
             split="test,eval",
-            ylabel="nats",
+            ylabel="loss",
             methods=[method],
         )
         for method in loaded.methods
