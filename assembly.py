@@ -20,7 +20,7 @@ from config.compose import NOT_IDENTITY, Run
 from data.passport import passport
 from data.plan import Plan
 from data.schema import Row
-from engine import checkpoint, models, parallel, results, rundir
+from engine import checkpoint, models, parallel, results, rundir, sharded
 from engine.evaluation import Evaluator
 from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
@@ -85,7 +85,10 @@ class _Session:
             rundir.set_aside(self.run_dir)
         allow = self.config.resume_allow
         rundir.check_config(self.run_dir, self.run_.plain, allow=allow, ignore=NOT_IDENTITY)
-        return _finished(self.run_dir)
+        done = _finished(self.run_dir)
+        if done is None:
+            checkpoint.rehearse(self.run_dir)
+        return done
 
     def where(self) -> str:
         """Where the run is, for the message of a rank that lost another."""
@@ -153,6 +156,7 @@ class _Session:
             return Outcome(None, trainer.exit_code)
         if status != "evaluated":
             trainer.finish()
+            self.consolidate(trainer.examples)
         summary = self.summary(trainer, status)
         merge = config.checkpoint.merge_lora and models.is_peft(self.model) and status != "evaluated"
         world.on_main(lambda: self.report(summary, merge))
@@ -160,10 +164,17 @@ class _Session:
             self.upload(trainer.parts.metrics)
         return Outcome(summary["metric"])
 
+    def consolidate(self, examples: int) -> None:
+        """After a sharded last save: the whole model beside it, for whoever uses the run."""
+        last = self.world.on_main(lambda: checkpoint.open_checkpoint(self.run_dir / f"step-{examples}"))
+        if last.is_sharded:
+            sharded.consolidate(last, self.world)
+
     def upload(self, metrics: MetricsLog) -> None:
         """The final model's files to W&B, merged if that was done; not the optimizer's state."""
-        merged = self.run_dir / "merged"
-        folder = merged if merged.is_dir() else (self.run_dir / "LATEST").resolve()
+        last = self.run_dir / "LATEST"
+        made = [p for p in (self.run_dir / "merged", checkpoint.whole_folder(last)) if p.is_dir()]
+        folder = made[0] if made else last.resolve()
         files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != checkpoint.MANIFEST]
         metrics.artifact(files, re.sub(r"[^\w.-]", "-", self.config.exp_name))
 
@@ -219,21 +230,25 @@ class _Session:
             verify_scorer(self.run_, scorer, self.first_rows())
             log.info("model: %s", describe(self.model))
         ref = self.models.build_reference(self.rows_to_score, self.passes, state)
-        if found is not None:
-            self.read_model(found.path)
-        parameters = [p for p in scorer.parameters() if p.requires_grad]
+        named = dict(scorer.named_parameters())
+        trained = [p for p in named.values() if p.requires_grad]
         optimizer = build_optimizer(
             config.optimizer,
-            parameters,
+            trained,
             lr=config.lr,
             weight_decay=config.weight_decay,
             options=config.optimizer_options,
         )
         if found is not None:
             try:
-                restore_optimizer(optimizer, scorer.named_parameters(), found.optimizer(), state["optimizer"])
-            except ValueError as error:
+                self.read_model(found.path)
+                slots = sharded.read_optimizer(found, named) if found.is_sharded else found.optimizer()
+                restore_optimizer(optimizer, named.items(), slots, state["optimizer"])
+            except (ValueError, checkpoint.CheckpointError) as error:
                 raise UserError(f"{found.path}: {error}; use another exp_name= or fresh=true") from error
+        if world.is_main:
+            kept = trained if models.is_peft(self.model) else named.values()
+            checkpoint.warn_if_space_short(self.run_dir, checkpoint.estimate_bytes(kept))
         steps = self.plan.num_steps
         warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
         schedule = Schedule(config.lr, warmup, steps, config.lr_schedule)
@@ -279,9 +294,15 @@ class _Session:
 
     def read_model(self, path: Path) -> None:
         """The policy's weights from a checkpoint of this run, in place."""
-        models.restore(self.model, path)
+        found = self.world.on_main(lambda: checkpoint.open_checkpoint(path))
+        if found.is_sharded:
+            sharded.read_model(found, dict(self.models.scorer.named_parameters()))
+        else:
+            models.restore(self.model, path)
 
     def model_writer(self) -> Callable[[Path], None]:
+        if self.config.checkpoint.format == "sharded":
+            return lambda path: models.save_model(self.model, self.tokenizer, path, weights=False)
         if self.world.mode != "fsdp":
             return lambda path: models.save_model(self.model, self.tokenizer, path)
         named = self.model.named_parameters()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from config.schema import Config
 from data.plan import Plan, micro_batches
 from data.schema import Batch, Row
-from engine import checkpoint
+from engine import checkpoint, sharded
 from engine.evaluation import Evaluation, Evaluator
 from engine.faults import crash_point
 from engine.guards import Adviser, NonFiniteGuard, SignalFlag, SpikeGuard
@@ -379,20 +379,23 @@ class Trainer:
         self.evaluated_at = self.examples
 
     def save(self) -> None:
-        """Commit a checkpoint of this step (once). Gathering is collective, writing is rank 0's."""
+        """Commit a checkpoint of this step (once). Gathering is collective, writing is rank 0's, but for shards."""
         if self.saved_at == self.examples:
             return
-        tensors, scalars = optimizer_tensors(
-            self.parts.optimizer, self.policy.named_parameters(), gather=self.world.to_main
-        )
-        write_model = self.parts.model_writer()
+        is_sharded, named = self.config.checkpoint.format == "sharded", dict(self.policy.named_parameters())
+        gather = (lambda tensor: tensor) if is_sharded else self.world.to_main
+        tensors, scalars = optimizer_tensors(self.parts.optimizer, named.items(), gather=gather)
+        write_model, shards = self.parts.model_writer(), None
+        if is_sharded:
+            shards = sharded.write(self.world, self.parts.run_dir, self.examples, named | tensors)
 
         def commit() -> None:
             checkpoint.save(
                 self.parts.run_dir,
                 self.examples,
                 write_model=write_model,
-                optimizer=tensors,
+                optimizer=None if is_sharded else tensors,
+                shards=shards,
                 state=self.state_dict() | {"optimizer": scalars},
                 facts=self.parts.facts,
                 keep=self.config.checkpoint.keep,

@@ -351,6 +351,11 @@ def _cross_check(run: Run) -> None:
             f"loss.lam=auto fresh_pairs.num_pairs={config.fresh_pairs.num_pairs}: M/(M+1) is for pairs that are drawn once; with "
             "new ones every epoch E epochs average over about E M pairs: give the number, E M / (E M + 1), or 1"
         )
+    if config.checkpoint.format == "sharded" and run.model.use_lora:
+        raise UserError(
+            "checkpoint.format=sharded with model.use_lora=true: an adapter is small and loads as one; use "
+            "checkpoint.format=full"
+        )
     run.data_selection.check(run.loss)
     selection = run.plain["data_selection"]["name"]
     if (selection == "none") != (config.selected_batch_size is None):

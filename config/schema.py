@@ -69,6 +69,7 @@ class ScoringConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    format: Literal["full", "sharded"]
     keep: int
     merge_lora: bool
 
@@ -225,6 +226,11 @@ class Config:
                 yield "fresh_pairs with reference=cached: what is drawn later cannot be cached before; use reference=auto"
             if self.trainer.parallel == "fsdp":
                 yield "fresh_pairs with a sharded model: cannot draw from slices; use trainer=DDPTrainer or BasicTrainer"
+        if self.checkpoint.format == "sharded" and self.trainer.parallel != "fsdp":
+            yield (
+                f"checkpoint.format=sharded with trainer={self.trainer.name}: each rank holds the whole model, there are no "
+                "shards; use checkpoint.format=full or trainer=FSDPTrainer"
+            )
         if self.data.mix_weights is not None and self.weighted_batches:
             yield "data.mix_weights and weighted_batches=true both decide what is drawn; set one"
 

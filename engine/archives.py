@@ -87,6 +87,14 @@ def find(archive: str) -> Path:
 
 def _find_in(path: Path) -> Path | None:
     """``path`` itself, its newest valid checkpoint, or the LATEST that the original DPO repository writes."""
+    if (path / checkpoint.SHARDS).is_dir():
+        whole = checkpoint.whole_folder(path)
+        if not whole.is_dir():
+            raise UserError(
+                f"model.archive={path}: a sharded checkpoint; `python -m commands.consolidate {path.resolve()}` makes a "
+                "model of it"
+            )
+        return whole
     if any((path / name).is_file() for name in (*FULL_FILES, *ADAPTER_FILES)):
         if (path / checkpoint.MANIFEST).is_file():
             try:
@@ -99,7 +107,8 @@ def _find_in(path: Path) -> Path | None:
                 ) from error
         return path
     if any(path.glob(f"step-*/{checkpoint.MANIFEST}")):
-        return next((c.path for c in checkpoint.find(path)), None)
+        newest = next((c.path for c in checkpoint.find(path)), None)
+        return newest and _find_in(newest)
     return _find_in(path / "LATEST") if (path / "LATEST").is_dir() else None
 
 

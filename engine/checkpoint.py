@@ -4,6 +4,7 @@ Layout of ``<run_dir>/step-<examples>/``::
 
     config.json, model*.safetensors, tokenizer files ...   whatever ``write_model`` writes: the folder itself loads as a model
     training/optimizer.safetensors                         "<parameter>//<slot>" -> tensor
+    training/shards/                                       instead of it and model*.safetensors: engine/sharded.py
     training/state.json                                    step, examples, optimizer scalars, schedule, weighting, stopper ...
     manifest.json                                          facts, and the size and SHA-256 of every file above
 
@@ -14,7 +15,8 @@ folders, rename to ``step-<examples>``, fsync the run directory, point ``LATEST`
 at any instant leaves the checkpoints committed before it untouched. ``LATEST`` is for people: what counts is the scan
 for valid manifests (`find`). A bit flip is invisible to every tensor format in use here, hence the hashes.
 
-No function here talks to other ranks: rank 0 saves and chooses; gathering and broadcasting belong to the caller.
+No function here talks to other ranks: rank 0 saves and chooses; gathering, broadcasting and writing shards belong to the
+caller.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -39,6 +43,8 @@ from utils import UserError, content_hash, file_hash, fsync_directory, log
 FORMAT = 1
 MANIFEST = "manifest.json"
 TRAINING = "training"
+SHARDS = f"{TRAINING}/shards"
+SHARD_INDEX = f"{SHARDS}/.metadata"
 CRASH_POINTS = (
     "save.begin",  # temporary folder made, nothing in it
     "save.model",
@@ -69,6 +75,11 @@ class Checkpoint:
     step: int
     examples: int
     facts: Mapping[str, Any]
+    files: frozenset[str]  # below ``path``, as the manifest has them
+
+    @property
+    def is_sharded(self) -> bool:
+        return SHARD_INDEX in self.files
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -76,7 +87,8 @@ class Checkpoint:
         return json.loads((self.path / TRAINING / "state.json").read_text(encoding="utf-8"))
 
     def optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's tensors on the CPU, by "<parameter>//<slot>" (for `engine.optim.restore_optimizer`)."""
+        """The optimizer's tensors on the CPU, by "<parameter>//<slot>" (for `engine.optim.restore_optimizer`); of a
+        sharded checkpoint `engine.sharded.read_optimizer` reads them."""
         return load_file(self.path / TRAINING / "optimizer.safetensors")
 
 
@@ -88,9 +100,10 @@ def save(
     examples: int,
     *,
     write_model: Callable[[Path], None],
-    optimizer: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     facts: Mapping[str, Any],
+    shards: Mapping[str, Mapping[str, Any]] | None = None,
     keep: int | None = 2,
     best: int | None = None,
     also_keep: Collection[int] = (),
@@ -98,10 +111,11 @@ def save(
     """Commit ``<run_dir>/step-<examples>`` and prune. Call on rank 0 only, under the run directory's lock.
 
     write_model  writes the model (and tokenizer) into the folder it is given
-    optimizer    full tensors by "<parameter>//<slot>" (`engine.optim.optimizer_tensors`)
+    optimizer    full tensors by "<parameter>//<slot>" (`engine.optim.optimizer_tensors`); None: they are in the shards
     state        JSON-able, string keys; must hold ``step`` (optimizer updates) and the same ``examples``
     facts        what exactness depends on: config_hash, data_fingerprint, world_size, micro_batches, threads, device,
                  versions, git. They go to the manifest; `compare_facts` reads them on resume
+    shards       {name below the checkpoint: `describe`} of what the ranks have already written into `begin`'s folder
     keep, best, also_keep   see `prune`
 
     Raises CheckpointError, after removing its temporary folder, when anything fails before the commit.
@@ -109,65 +123,81 @@ def save(
     run_dir = Path(run_dir)
     if state["examples"] != examples:
         raise ValueError(f"state says {state['examples']} examples, the checkpoint {examples}")
-    temporary, final = run_dir / f".tmp-step-{examples}", run_dir / f"step-{examples}"
+    final = run_dir / f"step-{examples}"
     try:
-        _write(temporary, write_model, optimizer, state, facts)
+        temporary = begin(run_dir, examples) if shards is None else _temporary(run_dir, examples)
+        _write(temporary, write_model, optimizer, state, facts, shards or {})
         _commit(temporary, final)
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: could not save ({type(error).__name__}: {error}); {free_bytes(run_dir)} bytes free; "
-            "earlier checkpoints are untouched"
-        ) from error
+        raise failed(run_dir, examples, f"{type(error).__name__}: {error}") from error
     _point_latest(run_dir, final.name)
     crash_point("save.latest")
     prune(run_dir, keep=keep, best=best, also_keep=also_keep)
     return final
 
 
+def _temporary(run_dir: Path, examples: int) -> Path:
+    return Path(run_dir) / f".tmp-step-{examples}"
+
+
+def whole_folder(path: Path) -> Path:
+    """Where the whole model of the sharded checkpoint in ``path`` goes: ``model-step-<examples>`` beside it."""
+    path = Path(path).resolve()
+    return path.parent / f"model-{path.name}"
+
+
+def begin(run_dir: Path, examples: int) -> Path:
+    """An empty folder that `save` makes the checkpoint of."""
+    folder = _temporary(run_dir, examples)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / TRAINING).mkdir(parents=True)
+    crash_point("save.begin")
+    return folder
+
+
+def failed(run_dir: Path, examples: int, reason: str) -> CheckpointError:
+    """The error to raise; what there is of the checkpoint goes."""
+    shutil.rmtree(_temporary(run_dir, examples), ignore_errors=True)
+    return CheckpointError(
+        f"{Path(run_dir) / f'step-{examples}'}: could not save ({reason}); {free_bytes(run_dir)} bytes free; "
+        "earlier checkpoints are untouched"
+    )
+
+
 def _write(
     folder: Path,
     write_model: Callable[[Path], None],
-    optimizer: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     facts: Mapping[str, Any],
+    shards: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Everything into ``folder``, durable, the manifest last."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    crash_point("save.begin")
     write_model(folder)
     crash_point("save.model")
     training = folder / TRAINING
-    training.mkdir()
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in optimizer.items()},
-        training / "optimizer.safetensors",
-    )
+    if optimizer is not None:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.items()}
+        save_file(tensors, training / "optimizer.safetensors")
     crash_point("save.optimizer")
     _require_string_keys(state, "state")
     (training / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _fsync_file(path)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    facts_of_files = {name: describe(folder / name) for name in sorted(files - shards.keys())}
     crash_point("save.state")
-    facts_of_files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in files
-    }
     body = {
         "format": FORMAT,
         "step": state["step"],
         "examples": state["examples"],
         "facts": dict(facts),
-        "files": facts_of_files,
+        "files": {**facts_of_files, **shards},
     }
     manifest = folder / MANIFEST
     manifest.write_text(
         json.dumps({**body, "manifest_sha256": content_hash(body)}, indent=1), encoding="utf-8"
     )
     crash_point("save.manifest")
-    _fsync_file(manifest)
+    fsync_file(manifest)
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         fsync_directory(path)
     crash_point("save.sealed")
@@ -191,7 +221,13 @@ def _commit(temporary: Path, final: Path) -> None:
         _delete(aside)
 
 
-def _fsync_file(path: Path) -> None:
+def describe(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is made durable first."""
+    fsync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def fsync_file(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -263,11 +299,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path).resolve()
     body = _read_manifest(path / MANIFEST)
     signature = _signature(path)
+    files = body["files"]
     if _verified.get(path) != signature:
-        for name, fact in body["files"].items():
-            _verify_file(path / name, fact)
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            list(pool.map(lambda name: _verify_file(path / name, files[name]), files))
         _verified[path] = signature
-    return Checkpoint(path, body["step"], body["examples"], body["facts"])
+    return Checkpoint(path, body["step"], body["examples"], body["facts"], frozenset(files))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -419,7 +456,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def place(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor (the same on every rank) moved to where ``parameter`` lives, and sharded like it."""
+    """A full tensor (the same on every rank) moved to where ``parameter`` lives, and sharded like it. A sharded one stays."""
+    if isinstance(tensor, DTensor):
+        return tensor
     tensor = tensor.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor):
         return tensor
@@ -430,6 +469,23 @@ def place(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- space
+
+
+def rehearse(run_dir: Path) -> None:
+    """Commit, verify and remove a checkpoint of a few bytes where the real ones will go: what makes a save impossible (no
+    rename, no fsync, a full quota) shows before the first step and not hours later. Raises CheckpointError."""
+    folder = Path(run_dir) / ".tmp-rehearsal"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        state, tensors = {"step": 0, "examples": 0}, {"parameter//slot": torch.zeros(1)}
+        made = save(folder, 0, write_model=lambda path: None, optimizer=tensors, state=state, facts={})
+        _verified.pop(made.resolve(), None)
+        open_checkpoint(made)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_bytes(path: Path) -> int:

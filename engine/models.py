@@ -427,6 +427,7 @@ def save_model(
     path: Path | str,
     *,
     state: Mapping[str, Tensor] | None = None,
+    weights: bool = True,
 ) -> None:
     """An ordinary Hugging Face directory: weights (safetensors), configuration, tokenizer. Weights are kept bit for bit.
 
@@ -434,11 +435,17 @@ def save_model(
     was trained on so that loading it on other weights is refused.
 
     state: gathered parameters of a sharded model, by the names of ``model.named_parameters()``.
+    weights: False leaves them out.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     state = None if state is None else dict(state)
-    if is_peft(model):
+    if not weights:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(str(path))
+        if model.can_generate():
+            model.generation_config.save_pretrained(str(path))
+    elif is_peft(model):
         model.save_pretrained(
             str(path), selected_adapters=[POLICY_ADAPTER], save_embedding_layers=False, state_dict=state
         )

@@ -223,7 +223,7 @@ def restore_optimizer(
 ) -> None:
     """Put the state back, bit-equal: unlike ``Optimizer.load_state_dict`` nothing is cast to the parameter's dtype.
 
-    Full tensors (the same on every rank) go to where their parameter lives, sharded like it.
+    Full tensors (the same on every rank) go to where their parameter lives, sharded like it; sharded ones are there.
     Learning rate, weight decay and the like stay as configured: the schedule and the config own them.
     Raises ValueError when the optimizer or its parameters are not those that were saved.
     """

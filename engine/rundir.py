@@ -37,6 +37,7 @@ OURS = (
     "figures",
     "LATEST",
     "step-*",
+    "model-step-*",
     "bad_batch-step-*.json",
 )
 

@@ -49,25 +49,45 @@ def test_a_kill_of_rank_0_during_a_save_ends_rank_1_too(tmp_path, undisturbed_ra
 
 
 @pytest.fixture(scope="session")
-def duration(tmp_path_factory) -> float:
-    """Seconds that a whole run takes now."""
-    begin = time.monotonic()
-    finish(words(tmp_path_factory.mktemp("duration") / "run"))
-    return time.monotonic() - begin
+def durations(tmp_path_factory) -> dict[int, float]:
+    """Seconds that a whole run takes now, by its number of ranks."""
+    found = {}
+    for ranks in (1, 2):
+        begin = time.monotonic()
+        finish(words(tmp_path_factory.mktemp("duration") / "run", *RANKS[ranks]), ranks=ranks)
+        found[ranks] = time.monotonic() - begin
+    return found
+
+
+RANKS = {1: (), 2: TWO_RANKS}
+FAST = {(1, 0), (1, 1), (2, 0)}
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=pytest.mark.slow if s > 2 else ()) for s in range(20)]
+    ("ranks", "seed"),
+    [
+        pytest.param(ranks, seed, marks=() if (ranks, seed) in FAST else pytest.mark.slow)
+        for ranks in RANKS
+        for seed in range(20)
+    ],
 )
-def test_a_kill_at_any_time_costs_nothing_but_time(tmp_path, undisturbed, duration, seed):
+def test_a_kill_at_any_time_costs_nothing_but_time(
+    tmp_path, undisturbed, undisturbed_ranks, durations, ranks, seed
+):
     run_dir = tmp_path / "run"
+    all_words = words(run_dir, *RANKS[ranks])
     for attempt in range(2):
-        (child,) = start(words(run_dir))
-        time.sleep(duration * float(stream(seed, "kill", attempt).uniform(0.1, 1.0)))
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-    finish(words(run_dir))
-    assert difference(run_dir, undisturbed) == []
+        draw = stream(seed, "kill", attempt)
+        children = start(all_words, ranks=ranks)
+        time.sleep(durations[ranks] * float(draw.uniform(0.1, 1.0)))
+        victim = children[int(draw.integers(ranks))]
+        os.kill(victim.pid, signal.SIGKILL)
+        codes = [child.wait(90) for child in children]
+        assert set(codes) <= {0, 1, -signal.SIGKILL}, [child.text[-2000:] for child in children]
+        for child, code in zip(children, codes, strict=True):
+            assert code != 1 or "peer lost at" in child.text, child.text[-2000:]
+    finish(all_words, ranks=ranks)
+    assert difference(run_dir, undisturbed if ranks == 1 else undisturbed_ranks) == []
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "save"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -50,6 +51,7 @@ WORDS = (
     "wandb.enabled=false",
 )  # six steps (4, 4, 2 rows an epoch), a checkpoint after each, evaluations after steps 2, 5 (mid-epoch) and 6
 TWO_RANKS = ("trainer=FSDPTrainer", "trainer.nproc=2", "trainer.timeout_s=60")
+STUCK_S = 50.0  # below every patience of `Child.wait`
 TIMES = ("time", "examples_per_second")
 
 
@@ -76,11 +78,12 @@ class Child:
     def _become(self, body: Callable[[], None], env: Mapping[str, str]) -> None:
         code = 99
         try:
-            os.environ.update(env)
-            warnings.resetwarnings()
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            faulthandler.dump_traceback_later(STUCK_S, file=2)  # where a child that hangs hangs
+            os.environ.update(env)
+            warnings.resetwarnings()
             sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
             setup_logging()
             faults._hits.clear()
