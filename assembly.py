@@ -22,6 +22,7 @@ from data.plan import Plan
 from data.schema import Row
 from engine import checkpoint, models, parallel, results, rundir, sharded
 from engine.evaluation import Evaluator
+from engine.guards import SignalFlag
 from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
 from engine.parallel import World
@@ -155,7 +156,8 @@ class _Session:
             log.warning("stopped by a signal at %d examples; the same command continues", trainer.examples)
             return Outcome(None, trainer.exit_code)
         if status != "evaluated":
-            trainer.finish()
+            with SignalFlag():  # nothing is left to stop: the last evaluation and save are worth the wait
+                trainer.finish()
             self.consolidate(trainer.examples)
         summary = self.summary(trainer, status)
         merge = config.checkpoint.merge_lora and models.is_peft(self.model) and status != "evaluated"

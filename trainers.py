@@ -263,10 +263,11 @@ class Trainer:
         """Run until the plan ends ("finished"), the stopper says so ("stopped"), or a signal ("signal")."""
         config, plan = self.config, self.parts.plan
         save_every = config.save_every or config.eval_every
-        if self.step_count == 0 and config.do_first_eval:
-            self.evaluate(config.eval_splits)
-        bar = progress(plan.num_examples, self.examples, self.world.is_main)
-        with SignalFlag() as signal, bar:
+        with contextlib.ExitStack() as stack:
+            signal = stack.enter_context(SignalFlag())
+            if self.step_count == 0 and config.do_first_eval:
+                self.evaluate(config.eval_splits)
+            bar = stack.enter_context(progress(plan.num_examples, self.examples, self.world.is_main))
             while self.step_count < plan.num_steps and not self.parts.stopper.stopped:
                 start, before = time.perf_counter(), self.examples
                 metrics = self.step()

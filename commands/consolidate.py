@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from plot_scripts.sources import run
 from engine import checkpoint, sharded
 from engine.parallel import World
+from plot_scripts.sources import run
 from utils import UserError
 
 ALONE = World(0, 1, torch.device("cpu"), "none")

@@ -441,7 +441,7 @@ def save_model(
     path.mkdir(parents=True, exist_ok=True)
     state = None if state is None else dict(state)
     if not weights:
-        model.config.architectures = [type(model).__name__]
+        model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
         model.config.save_pretrained(str(path))
         if model.can_generate():
             model.generation_config.save_pretrained(str(path))

@@ -28,6 +28,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from engine import checkpoint
@@ -67,7 +68,6 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-
     def __init__(self, source: Checkpoint) -> None:
         super().__init__(source.path / SHARDS)
         self.source = source
@@ -79,7 +79,7 @@ class _Reader(dcp.FileSystemReader):
             with path.open("rb") as handle:
                 index = _IndexUnpickler(handle).load()
             files = {info.relative_path for info in index.storage_data.values()}
-        except Exception as error:  # noqa: BLE001 - a bad pickle can raise anything
+        except Exception as error:
             raise CheckpointError(f"{path}: refused ({error})") from error
         if unknown := sorted(f for f in files if f"{SHARDS}/{f}" not in self.source.files):
             raise CheckpointError(f"{path}: refused (names {unknown[0]}, which is not in the manifest)")
@@ -104,8 +104,17 @@ def _quiet() -> Iterator[None]:
 
 def _load(source: Checkpoint, into: Mapping[str, Tensor]) -> None:
     """Fill tensors (of a sharded one: this rank's slice) in place, whatever the number of ranks that wrote them."""
-    with _quiet(), torch.no_grad():
-        dcp.load(dict(into), storage_reader=_Reader(source), no_dist=True)
+    try:
+        with _quiet(), torch.no_grad():
+            dcp.load(dict(into), storage_reader=_Reader(source), no_dist=True)
+    except CheckpointException as error:  # no Exception, so it would pass by every handler
+        raise CheckpointError(f"{source.path}: cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: CheckpointException) -> str:
+    """The first rank's."""
+    number, (first, _) = min(error.failures.items())
+    return f"rank {number}: {type(first).__name__}: {first}"
 
 
 # ---------------------------------------------------------------------------------------------------- saving
@@ -127,12 +136,10 @@ def write(
     folder = world.on_main(begin)
     try:
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder / SHARDS))
-    except dcp.api.CheckpointException as error:
-        number, (reason, _) = next(iter(error.failures.items()))
-        reason = f"rank {number}: {type(reason).__name__}: {reason}"
+    except CheckpointException as error:
         if world.is_main:
-            raise checkpoint.failed(run_dir, examples, reason) from error
-        raise CheckpointError(f"step-{examples}: could not save ({reason})") from error
+            raise checkpoint.failed(run_dir, examples, _reason(error)) from error
+        raise CheckpointError(f"step-{examples}: could not save ({_reason(error)})") from error
     crash_point("save.shards")
     mine = [*(folder / SHARDS).glob(f"__{world.rank}_*"), *([folder / SHARD_INDEX] * world.is_main)]
     return dict(world.gather([(p.relative_to(folder).as_posix(), checkpoint.describe(p)) for p in mine]))
@@ -197,7 +204,9 @@ def consolidate(source: Checkpoint, world: World) -> Path:
     def commit() -> None:
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+            (temporary / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=1), encoding="utf-8"
+            )
         for path in temporary.iterdir():
             checkpoint.fsync_file(path)
         fsync_directory(temporary)

@@ -335,6 +335,23 @@ def test_a_model_that_cannot_be_written_raises_and_keeps_the_last_checkpoint(tmp
     assert_failed_safely(tmp_path, caught.value)
 
 
+def test_a_rehearsal_leaves_nothing_and_needs_what_a_save_needs(tmp_path, monkeypatch):
+    save_at(tmp_path, 8)
+    before = sorted(tmp_path.rglob("*"))
+    checkpoint.rehearse(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "mkdir"), (checkpoint, "_verify_file")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, raising)
+            with pytest.raises(CheckpointError, match="no such thing here"):
+                checkpoint.rehearse(tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def raising(*args, **kwargs) -> None:
+    raise OSError(errno.ENOSYS, "no such thing here")
+
+
 def test_short_space_is_warned_about(tmp_path, logged, monkeypatch):
     parameters = [torch.nn.Parameter(torch.zeros(10)), torch.zeros(10)]
     assert checkpoint.estimate_bytes(parameters, slots=2) == 40 * 3 + 40

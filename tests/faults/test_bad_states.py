@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_a_spike_is_recorded_and_training_goes_on(tmp_path):
 
 
 def full_disk_at_save(number: int) -> None:
-    """No file may grow past 3000 bytes during the ``number``-th save (the limit acts like a full disk, without root)."""
+    """No file may grow past 3000 bytes during the ``number``-th save, the rehearsal being the first (the limit acts like a full disk, without root)."""
     from engine import checkpoint
 
     save, calls = checkpoint.save, [0]
@@ -158,7 +159,7 @@ def full_disk_at_save(number: int) -> None:
 def test_a_full_disk_ends_every_rank_and_costs_one_save(tmp_path, undisturbed, undisturbed_ranks, ranks):
     run_dir = tmp_path / "run"
     all_words = words(run_dir, *(TWO_RANKS if ranks == 2 else ()))
-    children = start(all_words, ranks=ranks, patch=lambda rank: full_disk_at_save(2))
+    children = start(all_words, ranks=ranks, patch=lambda rank: full_disk_at_save(3))
     assert [c.wait(60) for c in children] == [1] * ranks
     assert "CheckpointError: " in children[0].text
     assert f"{run_dir / 'step-8'}: could not save" in children[0].text
@@ -170,6 +171,31 @@ def test_a_full_disk_ends_every_rank_and_costs_one_save(tmp_path, undisturbed, u
     assert not list(run_dir.glob(".tmp-*"))
     finish(all_words, ranks=ranks)
     assert difference(run_dir, undisturbed if ranks == 1 else undisturbed_ranks) == []
+
+
+def test_a_directory_that_cannot_hold_a_checkpoint_is_found_before_a_model_is_loaded(tmp_path):
+    def patch(rank: int) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        os.fsync = full
+
+    (child,) = start(words(tmp_path / "run"), patch=patch)
+    assert child.wait() == 1
+    assert re.search(r"CheckpointError: \S+rehearsal\S+: could not save .*No space left", child.text)
+    assert "model: " not in child.text
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_short_space_is_told_at_the_start(tmp_path, undisturbed):
+    def patch(rank: int) -> None:
+        from engine import checkpoint
+
+        checkpoint.free_bytes = lambda path: 100_000
+
+    (child,) = finish(words(tmp_path / "run"), patch=patch)
+    assert "three must fit for a moment; saving may fail" in child.text
+    assert difference(tmp_path / "run", undisturbed) == []
 
 
 def test_an_unreadable_choice_of_checkpoint_ends_every_rank(tmp_path):

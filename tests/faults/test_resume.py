@@ -116,10 +116,9 @@ def test_another_number_of_ranks_continues_to_rounding_and_says_so(tmp_path, ada
     )
     assert {child.wait() for child in deaths} <= {-signal.SIGKILL, 1}
     children = finish(words(run_dir, *many[after]), ranks=after)
-    assert (
-        f"not bit-exact, equal to rounding: parallel: {'fsdp -> none' if before == 2 else 'none -> fsdp'}; "
-    )
-    assert f"world_size: {before} -> {after}" in children[0].text
+    modes = "fsdp -> none" if before == 2 else "none -> fsdp"
+    promise = f"not bit-exact, equal to rounding: parallel: {modes}; world_size: {before} -> {after}"
+    assert promise in children[0].text
     seen, expected = numbers(run_dir), numbers(adaptive)
     assert len(seen) == len(expected) == 6
     assert len(expected[0]) >= 7

@@ -32,8 +32,8 @@ def test_a_signal_checkpoints_and_the_same_command_continues_exactly(tmp_path, u
     assert difference(run_dir, undisturbed) == []
 
 
-def during(place: str, number: int):
-    """A patch that sends the signal the second time that the run evaluates or generates."""
+def during(place: str, number: int, turn: int = 2):
+    """A patch that sends the signal the ``turn``-th time that the run evaluates or generates."""
 
     def patch(rank: int) -> None:
         from engine import sampling
@@ -44,7 +44,7 @@ def during(place: str, number: int):
 
         def signalled(*args, **kwargs):
             calls[0] += 1
-            if calls[0] == 2:
+            if calls[0] == turn:
                 kill(number)()
             return plain(*args, **kwargs)
 
@@ -65,13 +65,29 @@ def test_a_signal_during_evaluation_waits_for_its_end(tmp_path, undisturbed):
     assert difference(run_dir, undisturbed) == []
 
 
+def test_a_signal_during_the_first_evaluation_waits_for_a_checkpoint(tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    (child,) = start(words(run_dir), patch=during("evaluation", signal.SIGTERM, 1))
+    assert child.wait() == 143
+    assert find(run_dir)[0].examples == 4
+    finish(words(run_dir))
+    assert difference(run_dir, undisturbed) == []
+
+
+def test_a_signal_during_the_last_evaluation_does_not_cost_the_end(tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    finish(words(run_dir), patch=during("evaluation", signal.SIGTERM, 4))
+    assert (run_dir / "results.json").exists()
+    assert difference(run_dir, undisturbed) == []
+
+
 def test_a_signal_during_generation_waits_for_its_end(tmp_path):
     finish(words(tmp_path / "whole", *SAMPLING))
     run_dir = tmp_path / "run"
     late = words(run_dir, *SAMPLING, "do_first_eval=true")
     # the first evaluation, before the first step, draws twice: for the policy and for the reference
     (child,) = start(late, patch=during("generation", signal.SIGTERM))
-    assert child.wait() in (143, -signal.SIGTERM)
+    assert child.wait() == 143
     finish(late)
     assert difference(run_dir, tmp_path / "whole") == []
     for path in (tmp_path / "whole" / "samples").iterdir():

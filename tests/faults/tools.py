@@ -205,7 +205,10 @@ def metrics(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-def fingerprint(run_dir: Path) -> dict:
+FILES = ("model.safetensors", "training/optimizer.safetensors")
+
+
+def fingerprint(run_dir: Path, files: Sequence[str]) -> dict:
     """All that must be bit-equal at the end of two equal runs."""
     newest = find(run_dir)[0]
     state = json.loads((newest.path / "training" / "state.json").read_text())
@@ -214,16 +217,13 @@ def fingerprint(run_dir: Path) -> dict:
         "wandb_id",
     ):  # the times have more or fewer digits; the name is drawn from the clock
         state["metrics"].pop(name)
-    hashes = {
-        name: hashlib.sha256((newest.path / name).read_bytes()).hexdigest()
-        for name in ("model.safetensors", "training/optimizer.safetensors")
-    }
+    hashes = {name: hashlib.sha256((newest.path / name).read_bytes()).hexdigest() for name in files}
     return {"files": hashes, "state": state, "metrics": metrics(run_dir), "examples": newest.examples}
 
 
-def difference(one: Path, other: Path) -> list[str]:
+def difference(one: Path, other: Path, files: Sequence[str] = FILES) -> list[str]:
     """Where two finished runs differ; empty if they are bit-equal."""
-    a, b = fingerprint(one), fingerprint(other)
+    a, b = fingerprint(one, files), fingerprint(other, files)
     found = [f"{key}: {a[key]} != {b[key]}" for key in ("files", "examples") if a[key] != b[key]]
     found += [
         f"state.{k}: {v} != {b['state'].get(k)}" for k, v in a["state"].items() if v != b["state"].get(k)
