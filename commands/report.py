@@ -26,7 +26,7 @@ from plot_scripts.panels import group_label
 from plot_scripts.sources import parse_words, run
 from utils import UserError, write_atomic
 
-FIGURES = ("training_curves", "worst_group", "throughput")
+FIGURES = ("training_curves", "by_group", "worst_group", "throughput")
 AGGREGATES = ("", "mean_group", "worst_group")
 FIRST = ("rewards/accuracies", "loss")  # of the table of results
 NOT_SHOWN = ("group_counts", "num_examples")

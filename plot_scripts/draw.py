@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib import figure as mpl_figure
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -18,7 +19,7 @@ from plot_scripts import canvas
 from plot_scripts.aggregate import LEVEL, warnings_about
 from plot_scripts.file_panels import FILE_KINDS, series_names
 from plot_scripts.load import Loaded, RunInfo, read_yaml
-from plot_scripts.panels import DOTTED, RUN_KINDS, Drawn, Panel, group_label, moves
+from plot_scripts.panels import DOTTED, RUN_KINDS, Drawn, Panel, draws, group_label, moves
 from utils import UserError, did_you_mean
 
 FIGURES = Path(__file__).resolve().parent / "figures"
@@ -35,6 +36,7 @@ GROUP_COLOURS = (
     "#AA4499",
 )
 CAPTIONS = {
+    "path": "hollow mark: first evaluation, full mark: last",
     "seeds": "n: seeds; mean and 95 % t interval over seeds",
     "run": "n = 1: 95 % interval over the examples of the one run",
     "bin": "n: rows; bars: 95 % Wilson intervals of ten bins",
@@ -95,9 +97,10 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
 
     Raises UserError where a panel that is not optional has nothing to draw.
     """
-    panels = drawable(figure, loaded)
-    if not panels:
+    facets = [facet for panel in drawable(figure, loaded) for facet in by_group(panel, loaded)]
+    if not facets:
         raise UserError("none of the figure's panels has anything to draw in these runs")
+    panels = [panel for panel, _ in facets]
     methods = canvas.looks(_methods(panels, loaded, data))
     groups = _group_looks(panels, loaded)
     sheet, axes = canvas.new_figure(len(panels), figure.columns, figure.width)
@@ -107,6 +110,8 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
             drawn.append(RUN_KINDS[panel.kind](ax, panel, loaded, methods, groups, figure.carry))
         else:
             drawn.append(FILE_KINDS[panel.kind](ax, panel, data, methods))
+    for source in {id(source) for _, source in facets}:
+        _share_limits([ax for ax, (_, s) in zip(axes, facets, strict=True) if id(s) == source])
     counts = {
         m: max(d.methods[m] for d in drawn if m in d.methods)
         for m in methods
@@ -161,6 +166,34 @@ def drawable(figure: Figure, loaded: Loaded | None) -> list[Panel]:
                 f"{did_you_mean(wanted, known)}; logged: {', '.join(known)}"
             )
     return kept
+
+
+def by_group(panel: Panel, loaded: Loaded | None) -> list[tuple[Panel, Panel]]:
+    """(panel to draw, the figure's panel that it is of): one for each group where several methods would cross in one panel."""
+    if loaded is None or panel.kind != "curves" or panel.group != "*":
+        return [(panel, panel)]
+    split = loaded.first_split(panel.split, panel.metric, "*")
+    groups = loaded.groups(split, panel.metric)
+    if sum(draws(panel, loaded, method, split, groups) for method in loaded.methods) < 2:
+        return [(panel, panel)]
+    title = panel.title.removesuffix(" by group")
+    found = []
+    for group in groups:
+        name = group_label(group)
+        lines = {
+            label: value[name] if isinstance(value, Mapping) else value
+            for label, value in panel.lines.items()
+            if not isinstance(value, Mapping) or name in value
+        }
+        heading = f"{title}: {name}" if title else name
+        found.append((replace(panel, group=group, title=heading, lines=lines), panel))
+    return found
+
+
+def _share_limits(axes: Sequence[Axes]) -> None:
+    ends = [ax.get_ylim() for ax in axes]
+    for ax in axes:
+        ax.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
 
 
 def _logged(panel: Panel, loaded: Loaded) -> bool:

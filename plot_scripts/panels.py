@@ -27,7 +27,8 @@ class Panel:
               | xy (columns of a table) | binned (means of y in ``bins`` equally full bins of x) | reliability (predicted against
               observed probability); these three read a CSV, JSON or JSONL file
     split     comma-separated: the first in which the metric was logged
-    group     "" (all examples) | worst_group | mean_group | group_<name> | * (each group); bars take a comma-separated list
+    group     "" (all examples) | worst_group | mean_group | group_<name> | * (each group: a colour each, or a panel each where
+              there are several methods); bars take a comma-separated list
     bins      curves: average over so many equal stretches of examples (for what is logged every step)
     methods   only these; default: all
     lines     dotted reference lines, named in the legend: {label: value} or {label: {group name: value}}
@@ -114,11 +115,7 @@ def draw_curves(
     drawn = Drawn()
     split = loaded.first_split(panel.split, panel.metric, panel.group)
     names = loaded.groups(split, panel.metric) if panel.group == "*" else [panel.group]
-    chosen = [
-        m
-        for m in methods
-        if panel.shows(m) and (not panel.moving or moves(loaded, m, split, panel.metric, names))
-    ]
+    chosen = [m for m in methods if draws(panel, loaded, m, split, names)]
     curves = [
         c
         for m in chosen
@@ -158,6 +155,15 @@ def draw_curves(
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel(panel.xlabel or "examples")
     return drawn
+
+
+def draws(panel: Panel, loaded: Loaded, method: str, split: str, groups: Sequence[str]) -> bool:
+    """Whether a panel of curves shows the method."""
+    if not panel.shows(method):
+        return False
+    if panel.moving:
+        return moves(loaded, method, split, panel.metric, groups)
+    return any(collect(loaded, method, split, panel.metric, g) for g in groups)
 
 
 def moves(loaded: Loaded, method: str, split: str, metric: str, groups: Sequence[str]) -> bool:
@@ -228,7 +234,8 @@ def draw_path(
         drawn.saw(method, len(ys.seeds))
         for a, b, n in zip(x, y, ys.n[np.isin(ys.x, at)], strict=True):
             drawn.add(panel.title, "mean", method, panel.group, x=a, y=b, n=int(n))
-    drawn.facts = {"split": split, "hollow": "first evaluation", "full": "last evaluation"}
+    drawn.facts = {"split": split}
+    drawn.intervals.add("path")
     ax.margins(0.06)
     ax.set_xlabel(panel.xlabel or panel.x_metric)
     draw_lines(ax, panel, groups)

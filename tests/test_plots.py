@@ -369,6 +369,33 @@ def test_samples_are_binned_by_their_log_ratio_with_prompts_as_clusters(tmp_path
     assert (drawn[drawn["method"] == "against"]["y"] == 0.0).all()
 
 
+def test_several_methods_by_group_get_a_panel_per_group_on_one_scale(runs):
+    panel = Panel(
+        kind="curves",
+        metric="loss",
+        split="test",
+        group="*",
+        title="Loss by group",
+        lines={"best": {"south": 0.1}},
+    )
+    loaded = load.load_directories([runs])
+    with canvas.styled():
+        both = compose(Figure([panel], columns=2), loaded)
+        one = compose(Figure([replace(panel, methods=["ipo"])], columns=2), loaded)
+    assert [ax.get_title(loc="left") for ax in both.figure.axes] == ["Loss: north", "Loss: south"]
+    assert both.figure.axes[0].get_ylim() == both.figure.axes[1].get_ylim()
+    north = both.figure.axes[0].lines[0]
+    assert north.get_ydata() == pytest.approx(
+        [np.mean([loss_at(x, s, -0.3) for s in (0, 1, 2)]) for x in range(0, 501, 100)]
+    )
+    flat = [[line for line in ax.lines if len(set(line.get_ydata())) == 1] for ax in both.figure.axes]
+    assert [len(lines) for lines in flat] == [0, 1]
+    assert [ax.get_title(loc="left") for ax in one.figure.axes if ax.get_title(loc="left")] == [
+        "Loss by group"
+    ]
+    assert [t.get_text() for t in one.figure.legends[1].get_texts()] == ["north", "south"]
+
+
 def test_a_panel_of_one_method_leaves_the_others_out(runs):
     panels = [
         Panel(kind=kind, metric="loss", split="test", methods=["ipo"], lines={"floor": 0.5})
@@ -449,13 +476,14 @@ def test_truncated_bars_say_where_their_axis_starts(runs):
 def test_every_figure_that_is_drawn_from_runs_can_be(runs):
     from_files = {"vrpo_variance", "calibration", "log_ratio_vs_reward"}
     names = sorted({p.stem for p in FIGURES.glob("*.yaml")} - from_files - {"vrpo_training"})
-    assert len(names) == 8
+    assert len(names) == 9
     loaded = load.load_directories([runs])
     with canvas.styled():
         for name in names:
             _, figure = read_figure(name)
             sheet = compose(figure, loaded)
-            assert len(sheet.provenance["panels"]) == len(figure.panels), name
+            by_group = [p for p in figure.panels if (p.kind, p.group, p.moving) == ("curves", "*", False)]
+            assert len(sheet.provenance["panels"]) == len(figure.panels) + len(by_group), name
             assert sheet.provenance["n"] == {"gr_ipo": 3, "ipo": 3}
 
 
@@ -665,7 +693,8 @@ def test_quickstart_figure_has_a_loss_per_method_and_the_reference_rate(runs, tm
     assert [p["title"] for p in facts["panels"]] == [
         "gr_ipo: held-out loss",
         "ipo: held-out loss",
-        "Held-out accuracy",
+        "Held-out accuracy: north",
+        "Held-out accuracy: south",
         "Accuracy at the end",
         "Group weights",
     ]
