@@ -90,7 +90,8 @@ def header(loaded: Loaded, folder: Path) -> str:
         f"{escape(k)}: <b>{escape(str(v))}</b>" for k, v in facts.items() if v not in ("", None)
     )
     warnings = "".join(f'<div class="warn">{escape(w)}</div>' for w in warnings_about(loaded, loaded.methods))
-    return f'<h1>{escape(info.run)}</h1>\n<p class="facts">{shown}</p>\n{warnings}'
+    name = str(info.config.get("run_dir", info.run))  # of a multirun's job, its settings too
+    return f'<h1>{escape(name)}</h1>\n<p class="facts">{shown}</p>\n{warnings}'
 
 
 def _count(value: float) -> str:

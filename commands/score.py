@@ -28,6 +28,7 @@ import run_data
 from commands.cli import entry, use_threads
 from commands.judge import JudgeSettings, plain_text
 from commands.sample import as_text
+from commands.score_table import AGAINST, POLICY, table
 from commands.wins import Contest, Referee, Win, referees
 from config.compose import Run, recorded
 from data.schema import Batch, Example, Row
@@ -40,7 +41,7 @@ from losses.types import Loss
 from trainers import autocast
 from utils import UserError, git_facts, log, stream, versions, write_atomic
 
-POLICY, AGAINST, REFERENCE, CHOSEN = "policy", "against", "reference", "chosen"
+REFERENCE, CHOSEN = "reference", "chosen"
 COLUMNS = ("model", *results.COLUMNS)
 DIFFERENCE_COLUMNS = ("a", "b", "split", "group", "metric", "difference", "ci_low", "ci_high", "n")
 
@@ -452,45 +453,6 @@ def with_interval(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-SHOWN = (
-    "rewards/accuracies",
-    "rewards/margins",
-    "policy_accuracies",
-    "reference_accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
-
-
-def table(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> str:
-    """One line per metric and group: value, 95 % interval, n."""
-    out = []
-    for model, split in dict.fromkeys((r["model"], r["split"]) for r in rows):
-        mine = [r for r in rows if (r["model"], r["split"]) == (model, split)]
-        out += [
-            "",
-            f"{model}, {split}",
-            f"  {'metric':<34} {'group':<14} {'value [95% interval]':<34} {'n':>6}",
-        ]
-        for row in mine:
-            extra = row["metric"].startswith("samples/") or "/vs_" in row["metric"]
-            if row["metric"] in SHOWN or extra:
-                out.append(f"  {row['metric']:<34} {row['group']:<14} {cell(row, 'value'):<34} {row['n']:>6}")
-    if differences:
-        out += ["", f"{POLICY} - {AGAINST}, paired; * where the interval excludes 0"]
-        for row in (r for r in differences if r["metric"] in SHOWN or "/vs_" in r["metric"]):
-            star = " *" if row["ci_low"] != "" and (row["ci_low"] > 0 or row["ci_high"] < 0) else ""
-            out.append(
-                f"  {row['metric']:<34} {row['group']:<14} {cell(row, 'difference') + star:<34} {row['n']:>6}"
-            )
-    return "\n".join(out[1:]) + "\n"
-
-
-def cell(row: Mapping[str, Any], key: str) -> str:
-    interval = "" if row["ci_low"] == "" else f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-    return f"{row[key]:.3f}{interval}"
 
 
 if __name__ == "__main__":

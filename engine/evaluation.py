@@ -165,8 +165,12 @@ def summarize(
     out[f"{prefix}/num_examples"] = float(len(records))
     if len(groups) > 1:
         out |= {f"{prefix}/group_counts/group_{g}": float(len(members[g])) for g in present}
-    if any("rewards/accuracies" in r for r in records):
-        out |= _accuracy_intervals(records, members, f"{prefix}/rewards/accuracies", len(groups) > 1)
+    for name in (
+        "rewards/accuracies",
+        "policy_accuracies",
+    ):  # the reference's never change: a look at them is enough
+        if any(name in r for r in records):
+            out |= _accuracy_intervals(records, members, name, f"{prefix}/{name}", len(groups) > 1)
     return out
 
 
@@ -179,14 +183,18 @@ def _metric(records: Sequence[Mapping[str, Any]], name: str, unit: str) -> float
 
 
 def _accuracy_intervals(
-    records: Sequence[Mapping[str, Any]], members: Mapping[str, Sequence], name: str, grouped: bool
+    records: Sequence[Mapping[str, Any]],
+    members: Mapping[str, Sequence],
+    metric: str,
+    name: str,
+    grouped: bool,
 ) -> dict[str, float]:
-    overall = accuracy_interval(records)
+    overall = accuracy_interval(records, metric)
     out = {f"{name}/ci_low": overall.low, f"{name}/ci_high": overall.high}
     if grouped:
         wins, counts = [], []
         for g, rows in members.items():
-            interval = accuracy_interval(rows)
+            interval = accuracy_interval(rows, metric)
             out[f"{name}/group_{g}/ci_low"], out[f"{name}/group_{g}/ci_high"] = interval.low, interval.high
             n = len({r["prompt_key"] for r in rows})  # prompts, not rows, are independent
             wins.append(interval.estimate * n)
@@ -196,9 +204,11 @@ def _accuracy_intervals(
     return {k: v for k, v in out.items() if not math.isnan(v)}
 
 
-def accuracy_interval(records: Sequence[Mapping[str, Any]]) -> stats.Interval:
-    """95 % interval of the reward accuracy of ``records`` (ties count 1/2)."""
-    return share_interval([r["rewards/accuracies"] for r in records], [r["prompt_key"] for r in records])
+def accuracy_interval(
+    records: Sequence[Mapping[str, Any]], metric: str = "rewards/accuracies"
+) -> stats.Interval:
+    """95 % interval of an accuracy of ``records`` (ties count 1/2)."""
+    return share_interval([r[metric] for r in records], [r["prompt_key"] for r in records])
 
 
 def share_interval(wins: Sequence[float], prompts: Sequence[str]) -> stats.Interval:

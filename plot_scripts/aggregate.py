@@ -130,13 +130,15 @@ def t_band(table: Array, level: float = LEVEL) -> tuple[Array, Array, Array, NDA
 def recorded_bounds(
     loaded: Loaded, run: str, split: str, metric: str, group: str
 ) -> tuple[Array, Array] | None:
-    """The 95 % bounds over examples of one run: those it logged, or Wilson's from its accuracies and group counts."""
+    """The 95 % bounds over examples of one run: those it logged, or, of a run that logged none at all (an older program's),
+    Wilson's from its accuracies and group counts. Those would be too narrow where prompts repeat."""
     x, y = loaded.series[run, split, metric, group]
     low, high = (loaded.series.get((run, split, metric + end, group)) for end in ("/ci_low", "/ci_high"))
     if low is not None and high is not None:
         return tuple(np.where(np.isin(x, bx), np.interp(x, bx, by), np.nan) for bx, by in (low, high))
     counts = loaded.series.get((run, split, "group_counts", group))
-    if not metric.endswith("accuracies") or counts is None:
+    logs_bounds = any(key[0] == run and key[2].endswith("/ci_low") for key in loaded.series)
+    if logs_bounds or not metric.endswith("accuracies") or counts is None:
         return None
     n = np.where(np.isin(x, counts[0]), np.interp(x, *counts), 0.0)
     return wilson_bounds(np.clip(y, 0.0, 1.0) * n, n, LEVEL)

@@ -234,7 +234,8 @@ def _group_looks(panels: Sequence[Panel], loaded: Loaded | None) -> dict[str, ca
 def _heading(panels: Sequence[Panel]) -> str:
     """What the legend's names are: methods, or the values of the column that a file's panels are split by."""
     columns = {panel.series if panel.kind in FILE_KINDS else "" for panel in panels}
-    return (columns.pop() or "method") if len(columns) == 1 else "method"
+    column = (columns.pop() or "method") if len(columns) == 1 else "method"
+    return {"by": "referee"}.get(column, column)
 
 
 def _method_handles(

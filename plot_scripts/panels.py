@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -274,12 +275,7 @@ def draw_bars(
                 for run, seed, x, y in b.seeds:
                     drawn.add(panel.title, "run", method, group, run=run, seed=seed, x=x, y=y)
     drawn.warnings += absent_warning(loaded, drawn.methods, f"{split}/{panel.metric}")
-    labels = [group_label(g) for g in slots]
-    room = ax.get_figure().get_size_inches()[0] / ax.get_subplotspec().get_gridspec().ncols - 0.8
-    crowded = sum(0.07 * len(label) + 0.12 for label in labels) > room
-    ax.set_xticks(
-        range(len(slots)), labels, rotation=30 if crowded else 0, ha="right" if crowded else "center"
-    )
+    _label_bars(ax, [group_label(g) for g in slots])
     ax.grid(visible=False, axis="x")
     ax.set_xlim(-0.55, len(slots) - 0.45)
     drawn.facts = {"split": split, "at": panel.at, "groups": slots}
@@ -288,6 +284,20 @@ def draw_bars(
     drawn_bars = [b for b in bars.values() if b is not None]
     finish_axes(ax, panel, [[b.mean] for b in drawn_bars] + [[0.0]], [[b.low, b.high] for b in drawn_bars])
     return drawn
+
+
+def _label_bars(ax: Axes, labels: Sequence[str]) -> None:
+    """Names under the bars: in one line where they fit, else slanted, or upright where they are long."""
+    slot = (room(ax) - 0.8) / max(len(labels), 1)  # inches
+    longest = max(map(len, labels), default=0)
+    slant = 0 if 0.07 * longest + 0.05 <= slot else 30 if longest <= 8 else 90
+    wrapped = [textwrap.fill(label, 18) for label in labels] if slant == 90 else labels
+    ax.set_xticks(range(len(labels)), wrapped, rotation=slant, ha="right" if slant == 30 else "center")
+
+
+def room(ax: Axes) -> float:
+    """Inches of the figure's width that are the panel's."""
+    return ax.get_figure().get_size_inches()[0] / ax.get_subplotspec().get_gridspec().ncols
 
 
 def _draw_bar(ax: Axes, b: Bar, x: float, width: float, look: Look) -> None:
@@ -332,7 +342,7 @@ def finish_axes(ax: Axes, panel: Panel, values: Sequence = (), bands: Sequence =
         if scale == "log":
             ax.set(**{f"{axis}scale": scale})
     ax.set_ylabel(panel.ylabel)
-    ax.set_title(panel.title)
+    ax.set_title(textwrap.fill(panel.title, int((room(ax) - 0.5) / 0.075)))
     flat = np.concatenate([np.asarray(v, np.float64).ravel() for v in values]) if values else np.empty(0)
     flat = flat[np.isfinite(flat)]
     if len(flat) and panel.yscale == "linear":

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 from scipy import stats as scipy_stats
 
 from engine.metric_names import older_names
@@ -346,10 +348,11 @@ def test_columns_and_values_that_a_file_lacks_are_named(ratios, tmp_path):
 
 
 def test_samples_are_binned_by_their_log_ratio_with_prompts_as_clusters(tmp_path):
-    """Two models, two prompts of ten samples each; the first model's reward rises with its log-ratio."""
+    """Two referees, two prompts of ten samples each; by the first the reward rises with the log-ratio."""
     rows = [
-        {"first": model, "second": second, "prompt_key": f"p{i // 10}", "log_ratio": i / 2.0, "p": slope * i / 20.0}
-        for model, slope in (("policy", 1.0), ("against", 0.0))
+        {"first": first, "second": second, "by": by, "prompt_key": f"p{i // 10}", "log_ratio": i / 2.0, "p": slope * i / 20.0}
+        for by, slope in (("function", 1.0), ("judge", 0.0))
+        for first in ("policy", "against")
         for second in ("reference", "chosen")
         for i in range(20)
     ]  # fmt: skip
@@ -359,14 +362,14 @@ def test_samples_are_binned_by_their_log_ratio_with_prompts_as_clusters(tmp_path
         [f"data={tmp_path / 'wins.jsonl'}", "figure=log_ratio_vs_reward", f"out={tmp_path}"]
     )
     drawn = pd.read_csv(written[2])
-    policy = drawn[drawn["method"] == "policy"]
-    assert policy["n"].tolist() == [3, 3, 3, 3, 2, 2, 2, 2]
-    assert policy["x"].tolist()[:2] == pytest.approx([0.5, 2.0])
-    assert policy["y"].tolist()[:2] == pytest.approx([0.05, 0.2])
+    rising = drawn[drawn["method"] == "function"]
+    assert rising["n"].tolist() == [3, 3, 3, 3, 2, 2, 2, 2]
+    assert rising["x"].tolist()[:2] == pytest.approx([0.5, 2.0])
+    assert rising["y"].tolist()[:2] == pytest.approx([0.05, 0.2])
     # the fourth bin holds 9, 10 and 11, of two prompts
     expected = cluster_mean([0.45, 0.5, 0.55], ["p0", "p1", "p1"])
-    assert (policy["low"].iloc[3], policy["high"].iloc[3]) == pytest.approx((expected.low, expected.high))
-    assert (drawn[drawn["method"] == "against"]["y"] == 0.0).all()
+    assert (rising["low"].iloc[3], rising["high"].iloc[3]) == pytest.approx((expected.low, expected.high))
+    assert (drawn[drawn["method"] == "judge"]["y"] == 0.0).all()
 
 
 def test_several_methods_by_group_get_a_panel_per_group_on_one_scale(runs):
@@ -485,6 +488,67 @@ def test_every_figure_that_is_drawn_from_runs_can_be(runs):
             by_group = [p for p in figure.panels if (p.kind, p.group, p.moving) == ("curves", "*", False)]
             assert len(sheet.provenance["panels"]) == len(figure.panels) + len(by_group), name
             assert sheet.provenance["n"] == {"gr_ipo": 3, "ipo": 3}
+
+
+def texts_of(figure) -> Iterator[Text]:
+    """All text that is drawn; matplotlib keeps labels of ticks outside the axes, too."""
+    yield from figure.texts
+    for legend in figure.legends:
+        yield from legend.get_texts()
+    for ax in figure.axes:
+        if not ax.axison:
+            continue
+        yield from (*ax.texts, ax._left_title, ax.xaxis.label, ax.yaxis.label)
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            yield from (t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high)
+
+
+def misplaced(figure) -> list[str]:
+    """Text of the figure that leaves it, or that lies over other text."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    texts = [t for t in texts_of(figure) if t.get_text().strip()]
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+    width, height = figure.bbox.width, figure.bbox.height
+    found = [text for text, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > width + 1 or b.y1 > height + 1]
+    for i, (text, a) in enumerate(boxes):
+        found += [
+            f"{text} | {other}"
+            for other, b in boxes[i + 1 :]
+            if texts[i].get_rotation() != 30  # the box around slanted text is not what it covers
+            and min(a.x1, b.x1) - max(a.x0, b.x0) > 1
+            and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+        ]
+    return found
+
+
+def test_no_text_is_cut_off_or_lies_over_other_text(runs, ratios, tmp_path):
+    """Every figure, of two methods and of one run; with warnings, and with long names of methods."""
+    (tmp_path / "many").mkdir()
+    for loss in ("ipo", "a_method_with_a_rather_long_name", "another_method_with_a_long_name", "dpo", "kto"):
+        make_run(tmp_path / "many", loss, 0, commit="b" * 40, last=400 if loss == "dpo" else 500, weighting="group_robust",
+                 groups=("north", "a group with a long name", "south", "goqa_China", "goqa_India (Current national sample)"))  # fmt: skip
+    wins = pd.DataFrame({"first": "policy", "second": "reference", "by": ["function", "judge"] * 10, "prompt_key": list("ab") * 10,
+                         "log_ratio": np.arange(20.0), "p": np.linspace(0, 1, 20)})  # fmt: skip
+    calibration = pd.DataFrame(
+        {"p": np.linspace(0, 1, 20), "y": [0, 1] * 10, "method": ["raw", "calibrated"] * 10}
+    )
+    tables = {"vrpo_variance": ratios, "log_ratio_vs_reward": wins, "calibration": calibration}
+    sources = [load.load_directories([p]) for p in (runs, runs / "ipo_seed_0", tmp_path / "many")]
+    problems = {}
+    with canvas.styled():
+        for name in sorted({p.stem for p in FIGURES.glob("*.yaml")} - {"vrpo_training"}):
+            _, figure = read_figure(name)
+            drawn = (
+                [compose(figure, None, tables[name])]
+                if name in tables
+                else [compose(figure, x) for x in sources]
+            )
+            problems |= {
+                (name, i): found for i, sheet in enumerate(drawn) if (found := misplaced(sheet.figure))
+            }
+    assert problems == {}, "\n".join(map(str, problems.items()))
 
 
 def test_the_training_of_vrpo_is_drawn_from_its_diagnostics(tmp_path):
