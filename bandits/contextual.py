@@ -26,6 +26,7 @@ PEAKS = {
     9: (70.0, 30.0),
 }
 CONTINUOUS, DISCRETE, SEQUENCE = (1, 2, 3), (4, 5, 8, 9), (6, 7)
+LENGTH = (10, 11, 12)  # see bandits/length.py; the numbers are ours
 
 
 def check_reward(reward: int, allowed: tuple[int, ...], key: str = "rewards") -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from bandits import contextual
 from bandits.policies import MLP, Generators, Params, frozen, stack, trainable
@@ -79,14 +80,17 @@ class ContinuousBandit:
         location, scale = self.location_scale(params, prompts)
         return torch.tanh(location + scale * noise).clamp(-LIMIT, LIMIT)
 
+    def _latent_log_density(self, z: Tensor) -> Tensor:
+        """Of the standard latent variable, elementwise."""
+        if self.latent == "gaussian":
+            return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
+        return -torch.log(math.pi * (1 + z.square()))
+
     def log_density(self, params: Params, prompts: Tensor, actions: Tensor) -> Tensor:
         """(R, S, N, d) actions -> (R, S, N) nats, with the Jacobian of tanh."""
         location, scale = self.location_scale(params, prompts)
         z = (torch.atanh(actions) - location) / scale
-        if self.latent == "gaussian":
-            density = -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
-        else:
-            density = -torch.log(math.pi * (1 + z.square()))
+        density = self._latent_log_density(z)
         return (density - scale.log() - torch.log1p(-actions.square())).sum(-1)
 
     def data_log_density(self, actions: Tensor) -> Tensor:
@@ -131,16 +135,26 @@ class ContinuousBandit:
 
     @torch.no_grad()
     def evaluate(self, params: Params) -> dict[str, Tensor]:
-        """(R,) each: expected reward, differential entropy and both KL divergences from the data policy, in nats."""
-        actions = self._squash(params, self.eval_prompts, self.eval_noise)
-        logps = self.log_density(params, self.eval_prompts, actions)
+        """(R,) each: expected reward, differential entropy and both KL divergences from the data policy, in nats.
+
+        The policy's own draws are scored before they are clamped: a narrow policy beyond the clamp gives its clamped actions a density
+        of zero. KL(data || policy) is over the clamped actions of the data; a Gaussian policy has no finite one over all of them.
+        """
+        location, scale = self.location_scale(params, self.eval_prompts)
+        latent = location + scale * self.eval_noise  # (R, S, draws, d)
+        actions = torch.tanh(latent).clamp(-LIMIT, LIMIT)
+        own = self._latent_log_density(self.eval_noise) - scale.log()
+        data = -torch.log(
+            math.pi * contextual.SCALE * (1 + ((latent - contextual.LOCATION) / contextual.SCALE) ** 2)
+        )
+        jacobian = 2 * (math.log(2) - latent - softplus(-2 * latent))  # log(1 - tanh^2)
         away = self.data_log_density(self.eval_data) - self.log_density(
             params, self.eval_prompts, self.eval_data
         )
         values = {
             "reward": self.rewards(self.eval_prompts, actions),
-            "entropy": -logps,
-            "kl_policy_reference": logps - self.data_log_density(actions),
+            "entropy": (jacobian - own).sum(-1),
+            "kl_policy_reference": (own - data).sum(-1),
             "kl_reference_policy": away,
         }
         return {name: value.double().mean((1, 2)) for name, value in values.items()}

@@ -52,8 +52,17 @@ def band(ax: Axes, x: Sequence[float], values: np.ndarray, label: str, **line) -
     ax.fill_between(x, mean - half, mean + half, color=line["color"], alpha=0.2, linewidth=0)
 
 
-def bars(ax: Axes, groups: Sequence[str], series: dict[str, np.ndarray]) -> None:
-    """Grouped bars: ``series`` maps a label to (len(groups), R) values; whiskers are 95 % intervals."""
+def bars(
+    ax: Axes,
+    groups: Sequence[str],
+    series: dict[str, np.ndarray],
+    rotation: float = 0,
+    colours: Sequence[str] | None = None,
+) -> None:
+    """Grouped bars: ``series`` maps a label to (len(groups), R) values; whiskers are 95 % intervals.
+
+    ``rotation``: of the groups' names, in degrees; ``colours``: one a group, for a single series.
+    """
     width = 0.8 / len(series)
     at = np.arange(len(groups))
     for i, (label, values) in enumerate(series.items()):
@@ -63,18 +72,26 @@ def bars(ax: Axes, groups: Sequence[str], series: dict[str, np.ndarray]) -> None
             width,
             yerr=half_width(values),
             label=label,
-            color=COLOURS[i % len(COLOURS)],
+            color=colours or COLOURS[i % len(COLOURS)],
             error_kw={"linewidth": 0.8},
         )
-    ax.set_xticks(at, groups)
+    anchor = {"rotation": rotation, "ha": "right", "rotation_mode": "anchor"} if rotation else {}
+    ax.set_xticks(at, groups, **anchor)
     ax.grid(axis="x", visible=False)
 
 
-def legend_above(figure: Figure, axes: np.ndarray) -> None:
-    """One legend for all panels, taken from the panel with the most series, in as many columns as fit."""
-    handles, labels = max(
-        (ax.get_legend_handles_labels() for ax in axes.flat), key=lambda found: len(found[0])
-    )
+def over_seeds(num: int) -> str:
+    """What bands and whiskers are, for a legend's title."""
+    return f"mean and 95 % interval, n = {num} seeds"
+
+
+def legend_above(figure: Figure, axes: np.ndarray, title: str | None = None) -> None:
+    """One legend for all panels, with every label once, in as many columns as fit."""
+    found: dict[str, object] = {}
+    for ax in axes.flat:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    handles, labels = list(found.values()), list(found)
     longest = 0.45 + 0.06 * max(len(label) for label in labels)  # inches
     columns = max(1, min(len(labels), int(figure.get_figwidth() / longest)))
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title, title_fontsize=7)

@@ -49,7 +49,8 @@ class GroupStudy:
     num_train, num_validation, num_test   pairs in all, pairs in all (equal groups), states
     label_certainty   per group: probability that the larger reward wins for certain; otherwise the label is Bradley-Terry
     eval_every   iterations between evaluations
-    figures      paper: DPO curves, IPO curves and reward errors per scenario | weights | tradeoff over chi | variants: bars
+    figures      paper: DPO curves, IPO curves and reward errors per scenario | weights | tradeoff over chi | variants: bars |
+                 errors: the worst group's, absolute and relative
     """
 
     arms: list[GroupArm]
@@ -64,7 +65,7 @@ class GroupStudy:
     num_seeds: int = 20
     seed: int = 2021
     eval_every: int = 100
-    figures: list[Literal["paper", "weights", "tradeoff", "variants"]] = field(
+    figures: list[Literal["paper", "weights", "tradeoff", "variants", "errors"]] = field(
         default_factory=lambda: ["paper"]
     )
     claims: list[Claim] = field(default_factory=list)
@@ -150,7 +151,9 @@ class GroupStudy:
                 for i, arm in enumerate(a for a in self.arms if a.loss == loss):
                     found = curves[name, arm]
                     values = found.metrics["val_loss/worst_group"].numpy()
-                    figures.band(ax, found.steps, values, f"{arm.weighting} weights", **figures.look(i))
+                    # balanced groups: importance weights are uniform ones, and the lines coincide
+                    line = figures.look(i) | ({"linestyle": "--"} if arm.weighting == "importance" else {})
+                    figures.band(ax, found.steps, values, f"{arm.weighting} weights", **line)
                 ax.set(
                     title=name.replace("_", ", "),
                     xlabel="iteration",
@@ -159,10 +162,11 @@ class GroupStudy:
             ends = np.stack(
                 [curves[name, a].metrics["reward_error/worst_group"][-1].numpy() for a in self.arms]
             )
-            figures.bars(row[2], [a.label for a in self.arms], {"": ends})
+            order = [a.weighting for a in self.arms if a.loss == self.arms[0].loss]
+            colours = [figures.COLOURS[order.index(a.weighting)] for a in self.arms]
+            figures.bars(row[2], [a.label for a in self.arms], {"": ends}, 40, colours)
             row[2].set(title=name.replace("_", ", "), ylabel="worst reward error")
-            row[2].tick_params(axis="x", rotation=40)
-        figures.legend_above(figure, axes[:, :2])
+        figures.legend_above(figure, axes[:, :2], figures.over_seeds(self.num_seeds))
         return figure
 
     def _weights(self, curves: dict[tuple[str, GroupArm], GroupCurves]):
@@ -181,7 +185,7 @@ class GroupStudy:
                 ylabel="weight of group 0",
                 ylim=(0, 1),
             )
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, figures.over_seeds(self.num_seeds))
         return figure
 
     def _tradeoff(self, curves: dict[tuple[str, GroupArm], GroupCurves]):
@@ -199,7 +203,7 @@ class GroupStudy:
                 ax.set(
                     title=f"{loss.upper()}, {name.replace('_', ', ')}", xlabel="chi", ylabel="validation loss"
                 )
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, figures.over_seeds(self.num_seeds))
         return figure
 
     def _variants(self, curves: dict[tuple[str, GroupArm], GroupCurves]):
@@ -207,7 +211,23 @@ class GroupStudy:
         figure, axes = figures.panels(1, len(self.scenarios), 2.9, 2.6)
         for ax, name in zip(axes[0], self.scenarios, strict=True):
             ends = np.stack([curves[name, a].metrics["val_loss/worst_group"][-1].numpy() for a in self.arms])
-            figures.bars(ax, [a.label for a in self.arms], {"": ends})
+            figures.bars(ax, [a.label for a in self.arms], {"": ends}, 50)
             ax.set(title=name.replace("_", ", "), ylabel="worst validation loss")
-            ax.tick_params(axis="x", rotation=60)
+        figure.suptitle(figures.over_seeds(self.num_seeds), fontsize=7)
+        return figure
+
+    def _errors(self, curves: dict[tuple[str, GroupArm], GroupCurves]):
+        """Worst reward error at the end, absolute and relative to the best reward, by scenario."""
+        figure, axes = figures.panels(1, 2, 3.2, 2.4)
+        kinds = {"reward_error": "worst reward error", "reward_error_relative": "worst relative reward error"}
+        for ax, (metric, name) in zip(axes[0], kinds.items(), strict=True):
+            ends = {
+                arm.label: np.stack(
+                    [curves[s, arm].metrics[f"{metric}/worst_group"][-1].numpy() for s in self.scenarios]
+                )
+                for arm in self.arms
+            }
+            figures.bars(ax, [s.replace("_", ",\n") for s in self.scenarios], ends)
+            ax.set(ylabel=name)
+        figures.legend_above(figure, axes, figures.over_seeds(self.num_seeds))
         return figure

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from bandits import contextual, figures, oracles
 from bandits.continuous import ContinuousBandit
+from bandits.length import LengthBandit, small_transformer
 from bandits.methods import Arm
 from bandits.online import Curves, train
 from bandits.policies import Transformer
@@ -32,11 +33,13 @@ REWARDS = {
     "contextual": contextual.DISCRETE,
     "continuous": contextual.CONTINUOUS,
     "sequence": contextual.SEQUENCE,
+    "length": contextual.LENGTH,
 }
 LOWEST_SHOWN = {
     "contextual": -40.0,
     "continuous": -40.0,
     "sequence": -150.0,
+    "length": -150.0,
 }  # log-ratios without a bound leave the figure
 TUNING_OFFSET = 10_000  # tuning seeds are far from the reported ones
 
@@ -45,8 +48,9 @@ TUNING_OFFSET = 10_000  # tuning seeds are far from the reported ones
 class OnPolicyStudy:
     """Settings of one experiment of this family. A cell of its tables is "<label>, <regime>[, <vary>=<value>]@R<id>".
 
-    bandit        contextual (MLP policy, 100 actions) | continuous (MLP policy, ``dims`` dimensions) | sequence (transformer)
-    rewards       reward ids: 4, 5, 8, 9 for contextual, 1-3 for continuous, 6, 7 for sequence
+    bandit        contextual (MLP policy, 100 actions) | continuous (MLP policy, ``dims`` dimensions) | sequence (transformer) |
+                  length (transformer, responses that end)
+    rewards       reward ids: 4, 5, 8, 9 for contextual, 1-3 for continuous, 6, 7 for sequence, 10-12 for length
     arms          what is compared; an arm without ``lr`` is tuned
     num_seeds     replicates; seeds are seed, seed + 1, ...
     eval_every    gradient steps between evaluations; num_eval: contexts or prompts an evaluation averages over
@@ -55,14 +59,14 @@ class OnPolicyStudy:
     vary          an Arm field that distinguishes arms of one label (prompts, reuse, ...): x axis of the bars, and the
                   columns of the log-ratio figure
     latent        continuous: law of the policy before tanh
-    dropout       sequence: probability of dropout in the policy while it trains; the reference never has any
+    dropout       sequence, length: probability of dropout in the policy while it trains; the reference never has any
     legacy_logps  sequence: the published code's unshifted log-probs, to measure what they change
     figures       curves: reward against step | reward_kl | log_ratios of chosen and rejected | bars of final reward
     """
 
     rewards: list[int]
     arms: list[Arm]
-    bandit: Literal["contextual", "continuous", "sequence"] = "contextual"
+    bandit: Literal["contextual", "continuous", "sequence", "length"] = "contextual"
     num_seeds: int = 20
     seed: int = 0
     eval_every: int = 10
@@ -106,6 +110,9 @@ class OnPolicyStudy:
             return ContextualBandit(reward, seeds, warm, self.num_eval)
         if self.bandit == "continuous":
             return ContinuousBandit(reward, seeds, self.dims, self.latent, warm, self.num_eval)
+        if self.bandit == "length":
+            warm = WarmStart(self.warm_steps, prompts=16)
+            return LengthBandit(reward, seeds, small_transformer(self.dropout), warm, self.num_eval)
         network = Transformer(dropout=self.dropout, legacy_logps=self.legacy_logps)
         return SequenceBandit(reward, seeds, network, warm, self.num_eval)
 
@@ -137,6 +144,7 @@ class OnPolicyStudy:
                 cell, metrics = self.cell(arm, reward), {n: v.numpy() for n, v in found.metrics.items()}
                 report.curve(cell, found.steps, found.queries, metrics, seeds, SHOWN)
                 report.cell(cell, "lr", np.array([tuned.lr]))
+                report.cell(cell, "reward_over_training", metrics["reward"].mean(0))
                 chosen = metrics["log_ratio/chosen"]
                 report.cell(cell, "log_ratio/chosen_drop", chosen.max(0) - chosen[-1])  # below its own peak
                 log.info("%-45s lr %-6g reward %.3f", cell, tuned.lr, found.last("reward").mean())
@@ -189,7 +197,7 @@ class OnPolicyStudy:
                 label, line = f"{label}, {self._varied(arm)}", figures.look(self.arms.index(arm))
             figures.band(ax, found.steps, found.metrics["reward"].numpy(), label, **line)
             ax.set(xlabel="gradient step", ylim=(0, 1.03))
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, figures.over_seeds(self.num_seeds))
         return figure
 
     def _reward_kl(self, curves: dict[tuple[int, Arm], Curves]) -> Figure:
@@ -202,7 +210,7 @@ class OnPolicyStudy:
             ax.plot(x, y, label=arm.label, **looks[arm.label])
             ax.plot(x[-1:], y[-1:], marker="o", color=looks[arm.label]["color"])
             ax.set(xlabel="KL(policy || reference), nats")
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, f"mean of n = {self.num_seeds} seeds; dot: end of training")
         return figure
 
     def _log_ratios(self, curves: dict[tuple[int, Arm], Curves]) -> Figure:
@@ -217,8 +225,9 @@ class OnPolicyStudy:
                 line = {"color": looks[arm.label]["color"], "linestyle": dash}
                 figures.band(ax, found.steps, values, f"{arm.label}, {role}", **line)
             ax.set(title=f"R{reward}, {self._varied(arm)}", xlabel="gradient step", ylabel="log-ratio, nats")
+        for ax in axes.flat:  # after all arms: it ends autoscaling
             ax.set_ylim(bottom=max(LOWEST_SHOWN[self.bandit], ax.get_ylim()[0]))
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, figures.over_seeds(self.num_seeds))
         return figure
 
     def _varied(self, arm: Arm) -> str:
@@ -237,8 +246,7 @@ class OnPolicyStudy:
             ax.set(title=f"R{reward}", ylabel="final expected reward", ylim=(0, 1.03))
             if self.vary is None:
                 names = [label if len(groups) == 1 else f"{label}, {varied}" for label, varied in ends]
-                figures.bars(ax, names, {"": np.stack(list(ends.values()))})
-                ax.tick_params(axis="x", rotation=60)
+                figures.bars(ax, names, {"": np.stack(list(ends.values()))}, 50)
                 continue
             series = {
                 x: np.stack([ends.get((x, group), missing) for group in groups]) for x in self._labels()
@@ -246,5 +254,7 @@ class OnPolicyStudy:
             figures.bars(ax, [group.removeprefix(f"{self.vary} ") for group in groups], series)
             ax.set(xlabel=self.vary)
         if self.vary is not None:
-            figures.legend_above(figure, axes)
+            figures.legend_above(figure, axes, figures.over_seeds(self.num_seeds))
+        else:
+            figure.suptitle(figures.over_seeds(self.num_seeds), fontsize=7)
         return figure

@@ -50,10 +50,14 @@ def generators(seeds: Sequence[int], name: str, *keys: int | str) -> Generators:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The imitation phase before every run: Adam steps on KL(policy || data policy), the reverse KL."""
+    """The imitation phase before every run: Adam steps on KL(policy || data policy), the reverse KL.
+
+    prompts: of a step of the transformer bandits (the published code has one); the others use all they have.
+    """
 
     steps: int = 100
     lr: float = 0.01
+    prompts: int = 1
 
 
 class ContextualBandit:
@@ -152,17 +156,25 @@ class SequenceBandit:
         warm: WarmStart | None = None,
         num_eval: int = 100,
     ) -> None:
-        contextual.check_reward(reward, contextual.SEQUENCE)
         self.network = network or Transformer()
         self.warm = warm or WarmStart()
         self.seeds = tuple(seeds)
-        self.table = torch.from_numpy(contextual.reward_table(reward))
-        self.data = torch.from_numpy(contextual.data_policy())
+        self.define(reward)
         self._prompts = generators(seeds, "bandit/prompts")
         self._actions = generators(seeds, "bandit/actions")
         self._dropout = generators(seeds, "bandit/dropout")
         self.eval_prompts = self._tokens(generators(seeds, "bandit/eval_prompts"), num_eval)
         self.reference: Params = {}
+
+    def define(self, reward: int) -> None:
+        """Set the reward and ``data``, the law (V,) or (T, V) of each response token that imitation aims at."""
+        contextual.check_reward(reward, contextual.SEQUENCE)
+        self.table = torch.from_numpy(contextual.reward_table(reward))
+        self.data = torch.from_numpy(contextual.data_policy())
+
+    def live(self, actions: Tensor) -> Tensor:
+        """(..., T) 1 for tokens that belong to the response and are scored; here all of them."""
+        return torch.ones(())
 
     def _tokens(self, rngs: Generators, num: int) -> Tensor:
         return torch.from_numpy(np.stack([rng.integers(0, self.network.vocabulary, num) for rng in rngs]))
@@ -172,16 +184,16 @@ class SequenceBandit:
         return self._tokens(self._prompts, num)
 
     def warm_start(self, prompts: Tensor) -> Params:
-        """Imitation on prefixes of the model's own samples, one random prompt a step; then the reference is fixed."""
+        """Imitation on prefixes of the model's own samples for random prompts; then the reference is fixed."""
         params = trainable(self.network.init(generators(self.seeds, "bandit/init")))
         optimizer = torch.optim.Adam(list(params.values()), lr=self.warm.lr, fused=True)
         target = self.data.log().float()
         rngs = generators(self.seeds, "bandit/warm")
         for _ in range(self.warm.steps):
-            prompt = self._tokens(rngs, 1)
+            prompt = self._tokens(rngs, self.warm.prompts)
             actions = self.network.sample(params, prompt, 1, rngs).squeeze(2)
-            logps = self.network.next_token_logps(params, prompt, actions)  # (R, 1, T, V)
-            divergence = (logps.exp() * (logps - target)).sum((1, 2, 3))
+            logps = self.network.next_token_logps(params, prompt, actions)  # (R, B, T, V)
+            divergence = ((logps.exp() * (logps - target)).sum(-1) * self.live(actions)).sum((1, 2))
             optimizer.zero_grad()
             divergence.sum().backward()
             optimizer.step()
@@ -209,7 +221,7 @@ class SequenceBandit:
             actions.view(r, s * n, t),
             self._dropout if training else None,
         )
-        return flat.view(r, s, n, -1)
+        return flat.view(r, s, n, -1) * self.live(actions)
 
     @torch.no_grad()
     def reference_token_logps(self, prompts: Tensor, actions: Tensor) -> Tensor:
@@ -220,25 +232,28 @@ class SequenceBandit:
         """(R, S, N) float64; the prompt token is one of the ten."""
         return (self.table[prompts].unsqueeze(-1) + self.table[actions].sum(-1)) / (actions.shape[-1] + 1)
 
+    def expected_rewards(self, prompts: Tensor, actions: Tensor, p: Tensor) -> dict[str, Tensor]:
+        """(R, B) each, given sampled ``actions`` (R, B, T) and the law ``p`` (R, B, T, V) of each token given its prefix."""
+        t, generated = self.network.num_tokens, (p @ self.table).mean(-1)
+        return {"reward": (self.table[prompts] + t * generated) / (t + 1), "reward_generated": generated}
+
     @torch.no_grad()
     def evaluate(self, params: Params) -> dict[str, Tensor]:
         """(R,) each, per sequence: reward (also over generated tokens alone), entropy and both KL divergences."""
-        prompts, t = self.eval_prompts, self.network.num_tokens
+        prompts = self.eval_prompts
         # the same uniforms at every evaluation: differences between steps are not sampling noise
         actions = self.network.sample(
             params, prompts, 1, generators(self.seeds, "bandit/eval_actions")
         ).squeeze(2)
         logps = self.network.next_token_logps(params, prompts, actions).double()  # (R, B, T, V)
         base = self.network.next_token_logps(self.reference, prompts, actions).double()
-        p = logps.exp()
-        generated = (p @ self.table).mean(-1)  # (R, B)
+        p, live = logps.exp(), self.live(actions)
         base_away = self.network.next_token_logps(self.reference, prompts, self._reference_actions).double()
         away = self.network.next_token_logps(params, prompts, self._reference_actions).double()
-        values = {
-            "reward": (self.table[prompts] + t * generated) / (t + 1),
-            "reward_generated": generated,
-            "entropy": -(p * logps).sum((-1, -2)),
-            "kl_policy_reference": (p * (logps - base)).sum((-1, -2)),
-            "kl_reference_policy": (base_away.exp() * (base_away - away)).sum((-1, -2)),
+        live_away = self.live(self._reference_actions)
+        values = self.expected_rewards(prompts, actions, p) | {
+            "entropy": -((p * logps).sum(-1) * live).sum(-1),
+            "kl_policy_reference": ((p * (logps - base)).sum(-1) * live).sum(-1),
+            "kl_reference_policy": ((base_away.exp() * (base_away - away)).sum(-1) * live_away).sum(-1),
         }
         return {name: value.mean(-1) for name, value in values.items()}

@@ -65,6 +65,24 @@ def test_the_continuous_policy_is_a_density_and_a_cauchy_one_can_be_the_data_pol
         assert torch.allclose(world.log_density(params, contexts, inside), world.data_log_density(inside))
 
 
+@pytest.mark.parametrize("location", [0.3, 6.0])
+def test_the_divergence_of_a_continuous_policy_is_its_integral_also_beyond_the_clamp(location):
+    world = ContinuousBandit(2, [0], dims=1, num_eval=20, num_draws=4000)
+    params = {name: p.double() for name, p in world.network.init(generators([0], "x")).items()}
+    params["b3"] = torch.tensor([[location, np.log(0.02)]], dtype=torch.float64)
+    params["w3"] = torch.zeros_like(params["w3"])
+    world.eval_prompts, world.eval_noise = world.eval_prompts.double(), world.eval_noise.double()
+    u = np.linspace(location - 0.2, location + 0.2, 4001)
+    q = np.exp(-0.5 * ((u - location) / 0.02) ** 2) / (0.02 * np.sqrt(2 * np.pi))
+    p = 1 / (np.pi * 0.4 * (1 + ((u + 0.7) / 0.4) ** 2))
+    measured = world.evaluate(params)
+    assert float(measured["kl_policy_reference"]) == pytest.approx(
+        np.trapezoid(q * np.log(q / p), u), abs=0.02
+    )
+    entropy = -np.trapezoid(q * (np.log(q) - np.log(1 / np.cosh(u) ** 2)), u)
+    assert float(measured["entropy"]) == pytest.approx(entropy, abs=0.02)
+
+
 def test_continuous_imitation_lowers_the_divergence_and_samples_match_the_density():
     world = ContinuousBandit(3, [0, 1], dims=1, latent="cauchy", warm=WarmStart(60), num_eval=20)
     start = world.network.init(generators([0, 1], "bandit/init"))

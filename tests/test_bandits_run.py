@@ -30,12 +30,13 @@ def test_every_experiment_builds_and_its_claims_name_existing_cells(name):
     if hasattr(study, "rewards"):
         cells = {study.cell(arm, reward) for arm in study.arms for reward in study.rewards}
     elif hasattr(study, "scenarios"):
-        cells = {f"{arm.label}@{scenario}" for arm in study.arms for scenario in study.scenarios}
+        labels = [arm.label for arm in study.arms] + ["MLE reward"]
+        cells = {f"{label}@{scenario}" for label in labels for scenario in study.scenarios}
     else:
         cells = {estimator.label for estimator in study.estimators}
     for claim in study.claims:
         assert claim.left in cells and (claim.right is None or claim.right in cells), claim.text
-    assert study.num_seeds >= (5 if plain["study"].get("bandit") == "sequence" else 20)
+    assert study.num_seeds >= (5 if plain["study"].get("bandit") in ("sequence", "length") else 20)
 
 
 def rows(path: Path) -> list[dict]:
@@ -107,7 +108,7 @@ def test_a_small_group_run(tmp_path):
     argv = ["+experiment=group_swapped", "study.num_seeds=2", "study.num_test=10", "study.claims=[]"]
     argv += [
         f"study.arms=[{','.join(arms)}]",
-        "study.figures=[paper,weights,tradeoff,variants]",
+        "study.figures=[paper,weights,tradeoff,variants,errors]",
         "study.eval_every=2",
     ]
     folder = small(tmp_path, argv)
