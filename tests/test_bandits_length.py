@@ -1,4 +1,4 @@
-"""The length tasks: laws, masks and rewards by loops, and the published code's log-probs against the right ones."""
+"""The length tasks: laws, masks and rewards, by loops and by enumeration."""
 
 from __future__ import annotations
 

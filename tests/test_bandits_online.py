@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bandits.methods import Arm, RunningMoments, advantages, select
-from bandits.online import clip_gradients, grad_norms, train
-from bandits.worlds import ContextualBandit, WarmStart, generators
+from bandits.online import clip_gradients, draw, grad_norms, step_loss, train
+from bandits.policies import Transformer, trainable
+from bandits.worlds import ContextualBandit, SequenceBandit, WarmStart, generators
 from utils import UserError
 
 REWARDS = torch.tensor(
@@ -147,3 +148,40 @@ def test_gradient_clipping_acts_per_replicate():
     assert grad_norms(params).tolist() == pytest.approx([5, 0.5])
     clip_gradients(params, 1.0)
     assert grad_norms(params).tolist() == pytest.approx([1, 0.5])
+
+
+def test_unshifted_log_probs_of_the_best_rise_while_the_right_ones_fall():
+    """What the published transformer code optimises is not the likelihood: imitating the best of n by it lowers the likelihood."""
+    seeds, arm = [0, 1], Arm("x", "best_of_n", 0.001)
+    world = SequenceBandit(6, seeds, Transformer(legacy_logps=True), num_eval=2)
+    prompts = world.draw_prompts(10)
+    start = world.warm_start(prompts)
+    params, data = trainable(start), draw(world, start, prompts, 10, first=True)
+    chosen = select(arm, data.rewards, data.old, RunningMoments())
+    optimizer = torch.optim.Adam(list(params.values()), lr=arm.lr)
+    for _ in range(100):
+        optimizer.zero_grad()
+        step_loss(world, params, data, chosen, arm.loss()).sum().backward()
+        optimizer.step()
+    pick = data.rewards.argmax(-1)[..., None, None].expand(-1, -1, 1, 9)
+    best = data.actions.gather(2, pick).squeeze(2)  # (R, S, T)
+    gain = {}
+    for legacy in (True, False):
+        network = Transformer(legacy_logps=legacy)
+        with torch.no_grad():
+            after, before = (network.token_logps(x, prompts, best).sum(-1).mean(1) for x in (params, start))
+        gain[legacy] = after - before
+    assert (gain[True] > 10).all() and (gain[False] < -0.5).all()
+
+
+def test_a_tiny_difference_at_the_start_grows_so_means_over_seeds_are_compared():
+    ends = []
+    for shift in (0.0, 1e-6):
+        world = ContextualBandit(4, [0, 1, 2], WarmStart(steps=40), num_eval=10)
+        prompts = world.draw_prompts(5)
+        start = world.warm_start(prompts)
+        start["b3"] = start["b3"] + shift * torch.linspace(-1, 1, 100)
+        curves = train(world, Arm("x", "ipo", 0.01, reuse=60, prompts=5), start, prompts, 60)
+        ends.append(curves.metrics["reward"])
+    gap = (ends[0] - ends[1]).abs()
+    assert 0 < gap[0].max() < 1e-6 and gap[1].max() > 30 * gap[0].max()

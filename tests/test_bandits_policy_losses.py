@@ -106,6 +106,16 @@ def test_the_penalty_of_reinforce_is_an_unbiased_gradient_of_the_kl():
     assert torch.allclose(found, exact, atol=1e-12)
 
 
+def test_the_published_penalty_has_no_gradient_on_average_over_fresh_samples():
+    """kl_coef (log pi - log pi_ref) added to the loss: E_pi grad log pi = 0, so only reused samples feel it."""
+    logits = torch.tensor([0.3, -0.5, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
+    base = torch.tensor([0.1, 0.4, -0.2, 0.3], dtype=torch.float64).log_softmax(0)
+    logps = logits.log_softmax(0)
+    (direct,) = torch.autograd.grad((logps.detach().exp() * (logps - base)).sum(), logits, retain_graph=True)
+    (kl,) = torch.autograd.grad((logps.exp() * (logps - base)).sum(), logits)
+    assert direct.abs().max() < 1e-12 and kl.abs().max() > 0.05
+
+
 BEST = torch.from_numpy(np.log(RNG.uniform(0.2, 0.6, (4, 1))))
 OTHERS = torch.from_numpy(np.log(RNG.uniform(0.001, 0.5, (4, 3))))
 WORSE = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 0]])

@@ -17,11 +17,14 @@ from commands.world import enumerate_policy, objective_of, optimum_of, report
 from config.compose import Run, compose
 from data import optima
 from data.optima import Objective
+from data.schema import Batch, Example
 from data.worlds import Settings, World, exhaustive, load, make_world, sampled
 from engine import models
 from engine.scoring import Scorer
+from losses.gpm import preference_score
 from losses.pairwise import DPO, IPO, Hinge, Ramp, RDPONoise
 from losses.vrpo import VarianceReduced
+from preference_datasets import Counts, Tokenization, tokenize
 from utils import UserError, stream
 
 GROUPS = Settings(group_scales=[2.0, 1.2], group_sizes=[2, 1], conflict=0.6, length=1, data_seed=8)
@@ -241,7 +244,7 @@ def test_bad_settings_are_refused(changes, message):
 
 COMMON = [
     "model=tiny-gpt2", "assert_sft_step=false", "wandb.enabled=false", "batch_size=100000", "eval_every=1000000000",
-    "do_first_eval=false", "optimizer=Adam", "lr=1e-2", "lr_schedule=linear", "warmup_steps=0", "n_epochs=120", "loss.beta=0.5",
+    "do_first_eval=false", "optimizer=Adam", "lr=1e-2", "lr_schedule=linear", "warmup_steps=0", "n_epochs=120",
 ]  # fmt: skip
 SMALL_GROUPS = [
     "datasets=[world_groups]", "data.world_groups.length=1", "data.world_groups.data_seed=8", "data.world_groups.conflict=0.6",
@@ -249,12 +252,34 @@ SMALL_GROUPS = [
 ]  # fmt: skip
 
 
-def trained(root: Path, *words: str) -> tuple[Run, World, optima.Optimum, np.ndarray, np.ndarray]:
-    """Train through the same code as train.py; log-probs of the reference and of the trained policy on the responses."""
+def train(root: Path, *words: str) -> tuple[Run, World]:
+    """A finished run, made by the code of train.py."""
     run = compose([*COMMON, f"run_root={root}", f"reference_cache={root}/cache", *words])
     assembly.run_training(run)
-    settings = run.datasets[0].settings
-    world, tokenizer = make_world(settings), models.load_tokenizer(run.model)
+    return run, make_world(run.datasets[0].settings)
+
+
+def head_values(run: Run, world: World) -> torch.Tensor:
+    """(X, N) rewards or (X, N, D) embeddings that the trained head gives the world's responses."""
+    tokenizer, needs = models.load_tokenizer(run.model), run.loss.needs
+    model = models.build_policy(
+        run.model, archive=f"{run.config.run_dir}/LATEST", output=needs.output, dim=needs.dim, seed=0, device="cpu", tokenizer=tokenizer
+    )  # fmt: skip
+    examples = [
+        Example(f"{x}.{y}", prompt, (("target", response),), "world")
+        for x, prompt in enumerate(world.prompts)
+        for y, response in enumerate(world.responses)
+    ]
+    rows = tokenize(examples, tokenizer, Tokenization(), groups=("world",), counts=Counts())
+    with torch.no_grad():
+        values = Scorer(model, output=needs.output).eval()(Batch.collate(rows), ("target",)).values
+    return values.double().unflatten(0, (len(world.prompts), len(world.responses)))
+
+
+def trained(root: Path, *words: str) -> tuple[Run, World, optima.Optimum, np.ndarray, np.ndarray]:
+    """Train through the same code as train.py; log-probs of the reference and of the trained policy on the responses."""
+    run, world = train(root, "loss.beta=0.5", *words)
+    settings, tokenizer = run.datasets[0].settings, models.load_tokenizer(run.model)
     logps = []
     for archive in (None, f"{run.config.run_dir}/LATEST"):
         model = models.build_policy(run.model, archive=archive, seed=0, device="cpu", tokenizer=tokenizer)
@@ -292,20 +317,80 @@ def test_training_ends_at_the_exact_optimum(tmp_path, words):
     check(trained(tmp_path, *BT, *words), nats=5e-3, loss=1e-5)
 
 
-def test_hinge_training_ends_at_the_exact_minimum(tmp_path):
-    # the minimum is at a kink, which steps of a finite length straddle
-    check(trained(tmp_path, *BT, "loss=hinge"), nats=2e-2, loss=3e-3)
+def test_sft_ends_at_the_law_of_the_labelled_responses(tmp_path):
+    run, world = train(
+        tmp_path, *BT, "loss=sft", "loss.sft_on=all", "data.world_bt.sampler_tilt=0.7", "n_epochs=200"
+    )
+    tokenizer = models.load_tokenizer(run.model)
+    model = models.build_policy(
+        run.model, archive=f"{run.config.run_dir}/LATEST", seed=0, device="cpu", tokenizer=tokenizer
+    )
+    logps, mass = enumerate_policy(Scorer(model).eval(), world, tokenizer)
+    law = world.pair_law.sum(2)  # of either response of a pair; a pair's two differ, so it is not the sampler
+    assert np.abs(law - world.sampler).max() > 0.02 and np.ptp(np.log(law)) > 0.5
+    assert logps == pytest.approx(np.log(law), abs=1e-2) and mass == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("data", [BT, ["datasets=[world_bt]", "data.world_bt.sampler_tilt=0.7", "data.world_bt.length=1"]], ids=["noise", "tilt"])  # fmt: skip
+def test_a_reward_model_ends_at_the_bradley_terry_rewards(tmp_path, data):
+    run, world = train(tmp_path, *data, "loss=reward")
+    found = head_values(run, world).numpy()
+    found = found - found.mean(-1, keepdims=True)
+    assert found == pytest.approx(optima.optimum(world, Objective("dpo", 1.0)).scores, abs=5e-3)
+    if not world.noise:
+        assert found == pytest.approx(world.rewards[0], abs=5e-3)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, -1.0], ids=["exact", "reversed"])
-def test_vrpo_has_the_optimum_of_its_base_whatever_it_is_told(tmp_path, sharpness):
+def test_a_variance_reduced_reward_model_ends_where_a_plain_one_does(tmp_path, sharpness):
     words = [
         "datasets=[world_aux]",
         f"data.world_aux.aux_sharpness={sharpness}",
         "data.world_aux.alphabet=abc",
     ]
-    found = trained(tmp_path, *words, "loss=vrpo")
-    plain = optima.optimum(found[1], Objective("dpo", 0.5))
+    run, world = train(tmp_path, *words, "loss=vrpo_reward")
+    found = head_values(run, world).numpy()
+    best = optima.optimum(world, Objective("dpo", 1.0)).scores
+    assert np.ptp(best) > 0.5 and found - found.mean(-1, keepdims=True) == pytest.approx(best, abs=1e-2)
+
+
+def test_a_general_preference_model_ends_at_preferences_that_no_reward_explains(tmp_path):
+    words = ["datasets=[world_mixture]", "data.world_mixture.length=1", "data.world_mixture.num_prompts=1"]
+    run, world = train(tmp_path, *words, "loss=gpm", "n_epochs=200")
+    v = head_values(run, world)[0]
+    found = torch.sigmoid(preference_score(v[:, None], v[None, :]) / run.loss.tau).numpy()
+    expected = np.tensordot(world.sizes, world.preference[:, 0], 1)
+    odds = np.log(expected / (1 - expected))
+    assert abs(odds[0, 1] + odds[1, 2] + odds[2, 0]) > 0.01  # 0 for every Bradley-Terry model
+    assert found == pytest.approx(expected, abs=3e-3)
+
+
+def test_importance_weights_end_at_the_optimum_of_equal_groups(tmp_path):
+    found = trained(tmp_path, *SMALL_GROUPS, "loss=dpo", "weighting=importance")
+    assert found[2].weights == pytest.approx([0.5, 0.5])
+    plain = optima.optimum(found[1], Objective("dpo", 0.5)).scores
+    assert np.abs(plain - found[2].scores).max() > 0.05  # the data's own shares have another optimum
+    check(found, nats=5e-3, loss=1e-4)  # each group's own loss still slopes at the optimum of their sum
+
+
+def test_hinge_training_ends_at_the_exact_minimum(tmp_path):
+    # the minimum is at a kink, which steps of a finite length straddle
+    check(trained(tmp_path, *BT, "loss=hinge"), nats=2e-2, loss=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "base", "lam"),
+    [(1.0, "dpo", "1.0"), (-1.0, "dpo", "1.0"), (-1.0, "ipo", "auto")],
+    ids=["exact", "reversed", "ipo_auto"],
+)
+def test_vrpo_has_the_optimum_of_its_base_whatever_it_is_told(tmp_path, sharpness, base, lam):
+    words = [
+        "datasets=[world_aux]",
+        f"data.world_aux.aux_sharpness={sharpness}",
+        "data.world_aux.alphabet=abc",
+    ]
+    found = trained(tmp_path, *words, "loss=vrpo", f"loss.base={base}", f"loss.lam={lam}")
+    plain = optima.optimum(found[1], Objective(base, 0.5))
     assert found[2].scores == pytest.approx(plain.scores)
     check(found, nats=1e-2, loss=1e-4)
 
