@@ -22,7 +22,7 @@ class Curve:
 
     x, mean, low, high, n   (P,); low and high are NaN where there is no interval; n counts seeds that are still running there
     seeds                   per run: (name, seed, its own x, its own values)
-    ends                    runs that stop before the method's last one: (name, examples); ``carried`` says how they are drawn
+    ends                    runs that stop before the longest: (name, examples); ``carried`` says how they are drawn
     interval                "seeds" (t over seeds), "run" (one run, the bounds it recorded over its examples) or "none"
     """
 
@@ -88,8 +88,10 @@ def curve(
     group: str = "",
     bins: int | None = None,
     carry: bool = False,
+    until: float | None = None,
 ) -> Curve | None:
-    """Mean over seeds at every x where one of them was measured; None if none logged the metric.
+    """Mean over seeds at every x where one of them was measured; None if none logged the metric. ``until``: where the longest
+    run of all methods ends.
 
     Between its own points a run is interpolated linearly; before its first it is absent; after its last it is absent or, with
     ``carry``, keeps its last value (drawn with a mark).
@@ -97,7 +99,8 @@ def curve(
     runs = collect(loaded, method, split, metric, group, bins)
     if not runs:
         return None
-    grid = np.unique(np.concatenate([x for _, x, _ in runs]))
+    last = max(until or 0.0, *(float(x[-1]) for _, x, _ in runs))
+    grid = np.unique(np.concatenate([*(x for _, x, _ in runs), [last] * carry]))
     table = np.stack(
         [np.interp(grid, x, y, left=np.nan, right=y[-1] if carry else np.nan) for _, x, y in runs]
     )
@@ -107,7 +110,6 @@ def curve(
         bounds = recorded_bounds(loaded, runs[0][0].run, split, metric, group)
         if bounds is not None:
             (low, high), interval = bounds, "run"
-    last = float(grid[-1])
     ends = tuple((info.run, float(x[-1])) for info, x, _ in runs if x[-1] < last)
     seeds = tuple((info.run, info.seed, x, y) for info, x, y in runs)
     return Curve(method, group, grid, mean, low, high, n, seeds, ends, carry, interval)
@@ -220,18 +222,16 @@ def absent_warning(loaded: Loaded, shown: Mapping[str, int], what: str) -> list[
     ]
 
 
-def ends_warning(curves: Sequence[Curve]) -> list[str]:
-    """One sentence per method some of whose runs stop early."""
+def ends_warning(ends: Mapping[str, Mapping[str, float]], how: str) -> list[str]:
+    """One sentence per method that ends before the longest run, or some of whose runs do. ends: {method: {run: examples}}."""
+    longest = max((x for runs in ends.values() for x in runs.values()), default=0.0)
     found = []
-    for c in curves:
-        if c.ends:
-            early = ", ".join(f"{run} at {x:,.0f}" for run, x in c.ends[:3]) + (
-                " ..." if len(c.ends) > 3 else ""
-            )
-            how = (
-                "carried on at their last value (marked x)"
-                if c.carried
-                else "their lines end there (marked |)"
-            )
-            found.append(f"{c.method}: unequal lengths: {early} of {c.x[-1]:,.0f} examples; {how}")
+    for method, runs in ends.items():
+        early = {run: x for run, x in runs.items() if x < longest}
+        listed = ", ".join(f"{run} at {x:,.0f}" for run, x in list(early.items())[:3])
+        if early and len(early) == len(runs) and len(set(early.values())) == 1:
+            listed = f"all {len(runs)} runs at {min(early.values()):,.0f}" if len(runs) > 1 else listed
+        if early:
+            dots = " ..." if len(early) > 3 and "all" not in listed else ""
+            found.append(f"{method}: unequal lengths: {listed}{dots} of {longest:,.0f} examples; {how}")
     return found

@@ -27,6 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, PALE, WARN = "#333333", "#888888", "#9a3b00"
 WIDTHS = {1: 3.4, 2: 6.75}  # inches: one column, and two or more columns of panels
 PANEL_HEIGHT = 1.75
+LEAST = 0.95  # inches of a panel inside its axes
 HEADING = 0.5  # inches left of a legend for its heading
 DRAWN = ["figure", "panel", "kind", "method", "group", "run", "seed", "x", "y", "low", "high", "n"]
 
@@ -82,6 +83,7 @@ def finish(
     legends  (heading, handles) each; labels come from the handles
     """
     width, height = figure.get_size_inches()
+    height += _missing_height(figure)
     shapes = [_legend_shape(handles, width - HEADING) for _, handles in legends]
     wrapped = [textwrap.wrap(f"! {w}", int(width * 19), subsequent_indent="  ") for w in warnings]
     text = "\n".join(line for lines in wrapped for line in lines)
@@ -121,6 +123,14 @@ def finish(
         figure.text(0.09 / width, y, text, va="top", fontsize=6.3, color=WARN, linespacing=1.25, bbox=frame)
     for _ in range(2):  # the first changes the axes' sizes, which may change their ticks
         figure.tight_layout(pad=0.5, h_pad=1.0, w_pad=1.0, rect=(0, below / total, 1, 1 - above / total))
+
+
+def _missing_height(figure: Figure) -> float:
+    """Inches by which the figure has to grow for its lowest panel (long names under bars, say) to be ``LEAST`` high."""
+    figure.tight_layout(pad=0.5, h_pad=1.0, w_pad=1.0)
+    lowest = min(ax.get_position().height for ax in figure.axes) * figure.get_size_inches()[1]
+    rows = max(ax.get_subplotspec().get_gridspec().nrows for ax in figure.axes)
+    return rows * max(0.0, LEAST - lowest)
 
 
 def _legend_shape(handles: Sequence[Artist], room: float) -> tuple[int, int]:

@@ -117,11 +117,20 @@ def draw_curves(
     split = loaded.first_split(panel.split, panel.metric, panel.group)
     names = loaded.groups(split, panel.metric) if panel.group == "*" else [panel.group]
     chosen = [m for m in methods if draws(panel, loaded, m, split, names)]
+    ends = {
+        m: {
+            info.run: float(x[-1])
+            for g in names
+            for info, x, _ in collect(loaded, m, split, panel.metric, g, panel.bins)
+        }
+        for m in chosen
+    }
+    until = max((x for runs in ends.values() for x in runs.values()), default=None)
     curves = [
         c
         for m in chosen
         for g in names
-        if (c := curve(loaded, m, split, panel.metric, g, panel.bins, carry)) is not None
+        if (c := curve(loaded, m, split, panel.metric, g, panel.bins, carry, until)) is not None
     ]
     for number, c in enumerate(curves):
         colour = groups[c.group].colour if panel.group == "*" else methods[c.method].colour
@@ -138,7 +147,8 @@ def draw_curves(
         for run, seed, xs, ys in c.seeds:
             for x, y in zip(xs, ys, strict=True):
                 drawn.add(panel.title, "run", c.method, c.group, run=run, seed=seed, x=x, y=y)
-    drawn.warnings += ends_warning(_one_per_method(curves))
+    how = "carried on at their last value (marked x)" if carry else "their lines end there (marked |)"
+    drawn.warnings += ends_warning(ends, how)
     drawn.warnings += absent_warning(loaded, drawn.methods, f"{split}/{panel.metric}")
     drawn.facts = {
         "split": split,
@@ -199,10 +209,6 @@ def _draw_last_interval(ax: Axes, c: Curve, colour: str, shift: int) -> None:
     if len(at):
         x = c.x[at[-1]] + shift * 0.01 * (c.x[-1] - c.x[0])
         ax.plot([x, x], [c.low[at[-1]], c.high[at[-1]]], color=colour, linewidth=1.0, alpha=0.9)
-
-
-def _one_per_method(curves: Sequence[Curve]) -> list[Curve]:
-    return list({c.method: c for c in reversed(curves)}.values())[::-1]
 
 
 def draw_path(
@@ -278,6 +284,12 @@ def draw_bars(
     _label_bars(ax, [group_label(g) for g in slots])
     ax.grid(visible=False, axis="x")
     ax.set_xlim(-0.55, len(slots) - 0.45)
+    if panel.at == "last":
+        ends = {
+            m: {run: x for (n, _), b in bars.items() if b and n == m for run, _, x, _ in b.seeds}
+            for m in present
+        }
+        drawn.warnings += ends_warning(ends, "the bars show their last evaluations")
     drawn.facts = {"split": split, "at": panel.at, "groups": slots}
     for value in panel.lines.values():
         _bar_reference(ax, value, slots)

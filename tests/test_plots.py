@@ -224,6 +224,29 @@ def test_a_stopped_run_ends_or_is_carried_and_the_json_says_which(runs, tmp_path
         assert ("x" if carry else "|") in marks
 
 
+def test_a_method_that_ends_before_the_others_is_told_in_curves_and_bars(runs, tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path, "dpo", seed, last=300)
+    loaded = load.load_directories([runs, tmp_path])
+    panels = [Panel(kind=kind, metric="loss", split="test") for kind in ("curves", "bars")]
+    with canvas.styled():
+        sheet = compose(Figure(panels, columns=2), loaded)
+        carried = compose(Figure(panels[:1], columns=1, carry=True), loaded)
+    told = [w for w in sheet.provenance["warnings"] if "unequal" in w]
+    assert told == [
+        "dpo: unequal lengths: all 2 runs at 300 of 500 examples; their lines end there (marked |)",
+        "dpo: unequal lengths: all 2 runs at 300 of 500 examples; the bars show their last evaluations",
+    ]
+    (dpo,) = (c for c in sheet.provenance["panels"][0]["curves"] if c["method"] == "dpo")
+    assert dpo["ends_early"] == {"dpo_seed_0": 300.0, "dpo_seed_1": 300.0}
+    drawn = [row for row in carried.rows if (row["kind"], row["method"]) == ("mean", "dpo")]
+    assert (drawn[-1]["x"], drawn[-1]["y"]) == (
+        500.0,
+        pytest.approx(np.mean([loss_at(300, s) for s in (0, 1)])),
+    )
+    assert drawn[-1]["n"] == 2
+
+
 def test_one_run_shows_the_interval_over_its_examples(runs):
     loaded = load.load_directories([runs / "ipo_seed_1"])
     got = curve(loaded, "ipo", "test", "rewards/accuracies", "group_south")
