@@ -353,28 +353,48 @@ def difference_table(found: Sequence[Difference]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def latex(numbers: Sequence[tuple[str, str, str, Bar]]) -> str:
-    """One booktabs table per metric."""
-    lines = []
+def latex(numbers: Sequence[tuple[str, str, str, Bar]], found: Sequence[Difference] = ()) -> str:
+    """One booktabs table per metric, and one of the differences."""
+    lines = ["% \\usepackage{booktabs}; \\boldmath: the 95 % interval excludes 0", ""]
     for metric in dict.fromkeys(m for _, m, _, _ in numbers):
         split, groups, rows = _grid(numbers, metric)
-        lines += [
-            f"% {split}/{metric}: mean and 95 % interval",
-            f"\\begin{{tabular}}{{lr{'r' * len(groups)}}}",
-            "\\toprule",
+        body = [
+            [_tex(method), str(max(v.n for v in row.values()))]
+            + [_math(v.mean, v.low, v.high) if (v := row.get(g)) else "" for g in groups]
+            for method, row in rows.items()
         ]
-        lines += [
-            " & ".join(["method", "$n$", *(_tex(group_label(g)) for g in groups)]) + " \\\\",
-            "\\midrule",
+        head = ["method", "$n$", *(_tex(group_label(g)) for g in groups)]
+        lines += _tabular(f"{split}/{metric}: mean and 95 % interval", "lr" + "r" * len(groups), head, body)
+    if found:
+        body = [
+            [_tex(f"{d.a} - {d.b}"), _tex(f"{d.split}/{d.metric}"), _tex(group_label(d.group))]
+            + [cell for i in (d.seeds, d.prompts) for cell in _tex_difference(i)]
+            for d in found
         ]
-        for method, row in rows.items():
-            texts = [
-                number(v.mean, v.low, v.high).replace("±", "$\\pm$") if (v := row.get(g)) else ""
-                for g in groups
-            ]
-            lines.append(" & ".join([_tex(method), str(max(v.n for v in row.values())), *texts]) + " \\\\")
-        lines += ["\\bottomrule", "\\end{tabular}", ""]
+        head = ["$a - b$", "metric", "group", "over seeds", "$n$", "over prompts", "$n$"]
+        lines += _tabular("paired differences and 95 % intervals", "lllrrrr", head, body)
     return "\n".join(lines)
+
+
+def _tabular(title: str, columns: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    rows = [" & ".join(row) + " \\\\" for row in (head, *body)]
+    return [
+        f"% {title}", f"\\begin{{tabular}}{{{columns}}}", "\\toprule", rows[0], "\\midrule", *rows[1:], "\\bottomrule",
+        "\\end{tabular}", "",
+    ]  # fmt: skip
+
+
+def _math(value: float, low: float, high: float) -> str:
+    return "$" + number(value, low, high).replace("±", "\\pm").replace(" [", "\\ [") + "$"
+
+
+def _tex_difference(interval: Interval | None) -> tuple[str, str]:
+    """(difference, n), set in bold where 0 is excluded."""
+    if interval is None:
+        return "", ""
+    text = _math(interval.estimate, interval.low, interval.high)
+    resolved = interval.n > 1 and interval.excludes(0.0)
+    return f"{{\\boldmath {text}}}" if resolved else text, f"{interval.n}"
 
 
 def _tex(text: str) -> str:
@@ -409,7 +429,7 @@ def main(words: Sequence[str]) -> list[Path]:
         "summary.md": text,
         "summary.csv": summary_table(numbers).to_csv(index=False, lineterminator="\n"),
         "differences.csv": difference_table(found).to_csv(index=False, lineterminator="\n"),
-        "summary.tex": latex(numbers),
+        "summary.tex": latex(numbers, found),
     }
     for name, content in contents.items():
         (out / name).write_text(content, encoding="utf-8")

@@ -26,6 +26,8 @@ def quickstart_figure(
     lines = {k: dict(v) if isinstance(v, Mapping) else float(v) for k, v in (reference_lines or {}).items()}
     names = loaded.groups(loaded.first_split("test,eval", ACCURACY["metric"], "*"), ACCURACY["metric"])
     accuracy = {**ACCURACY, "group": "*" if names else "", "lines": lines, "optional": True}
+    place = {str(run): i for i, run in enumerate(runs)}
+    methods = sorted(loaded.methods, key=lambda m: min(place[info.source] for info in loaded.of(m)))
     # a panel per method: losses of different methods are different functions
     panels = [
         Panel(
@@ -36,7 +38,7 @@ def quickstart_figure(
             ylabel="loss",
             methods=[method],
         )
-        for method in loaded.methods
+        for method in methods
     ]
     panels += [
         Panel(kind="curves", title="Held-out accuracy", **accuracy),

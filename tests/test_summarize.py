@@ -57,8 +57,8 @@ def test_the_table_holds_means_and_t_intervals_of_the_last_evaluation(runs, tmp_
     worst = table[(table["method"] == "ipo") & (table["group"] == "worst")].iloc[0]
     assert worst["mean"] == pytest.approx(np.mean([loss_at(500, s) + 0.2 for s in (0, 1, 2)]))
     assert f"{row['mean']:.2f} ± {half:.2f}" in text
-    assert f"GR\\_IPO & 3 & {row['mean']:.2f} $\\pm$ {half:.2f} &" in tex
-    assert tex.count("\\toprule") == 1
+    assert f"GR\\_IPO & 3 & ${row['mean']:.2f} \\pm {half:.2f}$ &" in tex
+    assert tex.count("\\toprule") == 2  # the methods, and their differences
 
 
 def test_differences_are_paired_over_the_common_seeds(runs, tmp_path, capsys):
@@ -95,12 +95,14 @@ def test_differences_over_prompts_use_the_records_and_cluster_by_prompt(runs, tm
 
 
 def test_what_is_not_resolved_says_which_n_would_do(runs, tmp_path, capsys):
-    text, _, found, _ = summary(capsys, str(runs), "metric=loss", "group=all", f"out={tmp_path}")
+    text, _, found, tex = summary(capsys, str(runs), "metric=loss", "group=all", f"out={tmp_path}")
     row = found[(found["a"] == "dpo") & (found["b"] == "ipo") & (found["over"] == "prompts")].iloc[0]
     assert not row["resolved"]
     assert row["needed_n"] > row["n"]
     assert f"not resolved, about {row['needed_n']:,.0f} would" in text
     assert "**-0.30" in text  # the resolved one is bold
+    line = next(t for t in tex.splitlines() if t.startswith("gr\\_ipo - ipo & test/loss & all & "))
+    assert line.count("\\boldmath $-0.30") == 1
 
 
 def test_example_weights_count_in_losses(tmp_path, capsys):
