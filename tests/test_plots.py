@@ -585,7 +585,7 @@ def test_the_training_of_vrpo_is_drawn_from_its_diagnostics(tmp_path):
             handle.write("".join(json.dumps(row) + "\n" for row in rows))
     written = make_figures(["figure=vrpo_training", f"runs={tmp_path}", f"out={tmp_path}"])
     drawn = pd.read_csv(written[2])
-    means = drawn[(drawn["panel"] == "Gradient variance removed") & (drawn["kind"] == "mean")]
+    means = drawn[(drawn["panel"] == "Variance removed") & (drawn["kind"] == "mean")]
     assert means["y"].tolist() == pytest.approx([0.1005, 0.2005, 0.3005])
 
 
