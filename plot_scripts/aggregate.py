@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
+from config.compose import NOT_IDENTITY
 from engine.stats import mean_interval, wilson_bounds
 from plot_scripts.load import NOT_METHOD, Loaded, RunInfo
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
+MAKES_METHOD = ("loss", "weighting", "stopping", "data_selection")
 
 
 @dataclass(frozen=True)
@@ -178,19 +180,19 @@ def warnings_about(loaded: Loaded, methods: Sequence[str]) -> list[str]:
     for method in methods:
         missing = sorted(everywhere - set(seeds[method]))
         if missing:
-            found.append(f"{method}: no run with seed {_listing(missing)}, which other methods have")
+            found.append(f"{method}: no run with seed {listing(missing)}, which other methods have")
         twice = sorted({s for s in seeds[method] if s is not None and seeds[method].count(s) > 1})
         if twice:
-            found.append(f"{method}: more than one run with seed {_listing(twice)}")
+            found.append(f"{method}: more than one run with seed {listing(twice)}")
         differing = _differing_keys([i for i in runs if i.method == method])
         if differing is not None:
             found.append(f"{method}: configs differ in {differing}")
     commits = sorted({c[:7] for i in runs for c in i.commits})
     if len(commits) > 1:
-        found.append(f"runs come from {len(commits)} commits: {_listing(commits)}")
+        found.append(f"runs come from {len(commits)} commits: {listing(commits)}")
     unfinished = [i.run for i in runs if not i.finished]
     if unfinished:
-        found.append(f"not finished: {_listing(unfinished)}")
+        found.append(f"not finished: {listing(unfinished)}")
     dirty = sum(i.dirty for i in runs)
     if dirty:
         found.append(f"{dirty} of {len(runs)} runs had uncommitted changes")
@@ -204,11 +206,26 @@ def _differing_keys(runs: Sequence[RunInfo]) -> str | None:
     keys = sorted({k for i in runs for k in i.config if not NOT_METHOD.match(k)})
     differing = [k for k in keys if len({repr(i.config.get(k)) for i in runs}) > 1]
     return (
-        _listing(differing) if differing else "something their saved configs do not show (the hashes differ)"
+        listing(differing) if differing else "something their saved configs do not show (the hashes differ)"
     )
 
 
-def _listing(items: Sequence, most: int = 4) -> str:
+def differences_between(loaded: Loaded, methods: Sequence[str]) -> list[str]:
+    """Config keys, besides those that make a method (loss, weighting, stopping, what its label says), in which methods differ."""
+    runs = {m: loaded.of(m) for m in methods}
+    common = set.intersection(*(set(i.config) for infos in runs.values() for i in infos)) if runs else set()
+    found = []
+    for key in sorted(common):
+        head, _, last = key.partition(".")[0], *key.rpartition(".")[1:]
+        if head in MAKES_METHOD or head in NOT_IDENTITY or NOT_METHOD.match(key):
+            continue
+        values = {m: {repr(i.config[key]) for i in infos} for m, infos in runs.items()}
+        if len({frozenset(v) for v in values.values()}) > 1 and not all(f"{last}=" in m for m in methods):
+            found.append(key)
+    return found
+
+
+def listing(items: Sequence, most: int = 4) -> str:
     text = ", ".join(str(i) for i in items[:most])
     return text if len(items) <= most else f"{text} and {len(items) - most} more"
 

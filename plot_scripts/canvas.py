@@ -110,7 +110,12 @@ def finish(
         y -= 0.15 * lines + 0.06
     if caption:
         figure.text(
-            0.07 / width, (below_caption + 0.02) / total, caption, va="bottom", fontsize=6.3, color=PALE
+            0.07 / width,
+            (below_caption + 0.02) / total,
+            "\n".join(said),
+            va="bottom",
+            fontsize=6.3,
+            color=PALE,
         )
     if warnings:
         frame = {

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 
 from config.build import build
 from plot_scripts import canvas
-from plot_scripts.aggregate import LEVEL, warnings_about
+from plot_scripts.aggregate import LEVEL, differences_between, listing, warnings_about
 from plot_scripts.file_panels import FILE_KINDS, series_names
 from plot_scripts.load import Loaded, RunInfo, read_yaml
 from plot_scripts.panels import DOTTED, RUN_KINDS, Drawn, Panel, draws, group_label, moves
@@ -127,6 +127,9 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
         ("dotted", _line_handles(panels)),
     ]
     caption = "; ".join(CAPTIONS[k] for k in CAPTIONS if any(k in d.intervals for d in drawn))
+    differing = differences_between(loaded, list(counts)) if loaded else []
+    if differing:
+        caption = f"{caption}\nthe methods also differ in {listing(differing)}".lstrip()
     splits = dict.fromkeys(SPLITS[d.facts["split"]] for d in drawn if d.facts.get("split") in SPLITS)
     if splits:
         caption = "; ".join([f"held-out: {', '.join(splits)}"] + [caption] * bool(caption))
@@ -141,6 +144,7 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
         "level": LEVEL,
         "carry": figure.carry,
         "panels": described,
+        "methods_also_differ_in": differing,
         "runs": [_run_facts(i) for i in (loaded.runs if loaded else ()) if i.method in counts],
         "warnings": warnings,
     }

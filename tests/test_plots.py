@@ -477,6 +477,16 @@ def test_mixed_configs_commits_seeds_and_unfinished_runs_are_told(tmp_path):
     assert all(w in text for w in warnings)
 
 
+def test_what_else_differs_between_methods_is_in_the_caption_unless_their_names_say_so(tmp_path):
+    make_run(tmp_path, "dpo", 0, lr=1e-4)
+    make_run(tmp_path, "ipo", 0, lr=3e-4, weighting="group_robust")
+    _, text = warnings_and_text(load.load_directories([tmp_path]))
+    assert text.endswith("the methods also differ in lr")
+    with canvas.styled():
+        named = compose(LOSS, load.load_directories([tmp_path], by=["loss.name", "lr"]))
+    assert named.provenance["methods_also_differ_in"] == []
+
+
 def test_runs_that_lack_the_metric_are_counted(runs, tmp_path):
     empty = make_run(tmp_path, "ipo", 3)
     (empty / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "examples": 10, "train/loss": 1.0}\n')
