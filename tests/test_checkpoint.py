@@ -515,12 +515,9 @@ def _sharded_rank(rank: int, port: int, run_dir: str) -> None:
 @pytest.mark.slow
 @pytest.mark.fault
 def test_two_sharded_ranks_continue_bit_equal(tmp_path):
-    import socket
+    from tests.faults.tools import free_port
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_sharded_rank, args=(port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_sharded_rank, args=(free_port(), str(tmp_path)), nprocs=2)
     # one process reads what two wrote
     model, optimizer = model_and_optimizer()
     restore(tmp_path, optimizer, {"weight": model.weight})

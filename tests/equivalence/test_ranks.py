@@ -29,6 +29,7 @@ from tests.trainer_tools import make_model, make_rows, make_trainer
 from utils import stream
 from weighting import GroupRobust, Uniform
 
+pytestmark = pytest.mark.fault  # forks
 LOSSES = {
     "dpo": (DPO(beta=0.3), Uniform()),
     "gr_ipo": (IPO(beta=0.2), GroupRobust(step_size=0.05)),

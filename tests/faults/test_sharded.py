@@ -133,7 +133,7 @@ def test_the_same_ranks_continue_bit_equal(tmp_path, sliced, step):
     [
         pytest.param("two", "one", id="2 to 1"),
         pytest.param("one", "two", id="1 to 2"),
-        pytest.param("two", "whole", id="2 shards to 1 process"),
+        pytest.param("two", "whole", id="2 shards to 1 process", marks=pytest.mark.slow),
     ],
 )
 def test_other_ranks_continue_to_rounding(tmp_path, sliced, before, after):
@@ -152,6 +152,7 @@ def test_other_ranks_continue_to_rounding(tmp_path, sliced, before, after):
         assert one == pytest.approx(other, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_best_is_restored_from_shards(tmp_path):
     best = (
         "stopping=plateau",
@@ -233,7 +234,7 @@ def test_a_kill_inside_a_shard_loses_that_save(tmp_path, sliced, victim):
     assert gap(run_dir, sliced) == []
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_on_one_rank_ends_all_and_costs_one_save(tmp_path, sliced, victim):
     run_dir = tmp_path / "run"
 

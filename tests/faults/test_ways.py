@@ -6,6 +6,7 @@ import pytest
 
 from tests.faults.tools import TWO_RANKS, finish, metrics, words
 
+pytestmark = pytest.mark.fault  # forks
 WAYS = {
     "ddp": ("trainer=DDPTrainer", "trainer.nproc=2"),
     "offloaded": (*TWO_RANKS, "trainer.cpu_offload=true"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -51,6 +53,7 @@ WORDS = (
     "wandb.enabled=false",
 )  # six steps (4, 4, 2 rows an epoch), a checkpoint after each, evaluations after steps 2, 5 (mid-epoch) and 6
 TWO_RANKS = ("trainer=FSDPTrainer", "trainer.nproc=2", "trainer.timeout_s=60")
+_ports = itertools.count()
 STUCK_S = 50.0  # below every patience of `Child.wait`
 TIMES = ("time", "examples_per_second")
 
@@ -152,14 +155,21 @@ def kill(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+def free_port() -> int:
+    """Below those that the kernel gives to connections, so that none takes it before rank 0 listens there: the other ranks
+    would wait at a stranger's door."""
+    while True:
+        port = 20000 + (os.getpid() * 100 + next(_ports)) % 10000
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def rank_environments(ranks: int) -> list[dict[str, str]]:
     """What torchrun would set for each rank; nothing for one."""
     if ranks == 1:
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
