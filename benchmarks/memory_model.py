@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 GB = 1e9
 A, B = 13, 4
+COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)  # of devices, to choose from
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,23 @@ def table(ranks: int, **settings) -> str:
     return "\n".join(lines)
 
 
+def fits(devices: tuple[int, ...] = (24, 80), free: float = 0.15) -> str:
+    """How many devices of so many GB a model needs, with a live and without a resident reference; "(GB per rank)"."""
+    lines = [
+        f"| model | {' | '.join(f'{d} GB' for d in devices)} | {' | '.join(f'{d} GB, cached reference' for d in devices)} |",
+        "|---" * (2 * len(devices) + 1) + "|",
+    ]
+    for shape in SHAPES:
+        cells = []
+        for reference in (2, 0):
+            for device in devices:
+                held = {w: sum(memory(shape, w, reference=reference).values()) / GB for w in COUNTS}
+                least = next((w for w in COUNTS if held[w] < (1 - free) * device), None)
+                cells.append(f"{least} ({held[least]:.0f})" if least else "no")
+        lines.append(f"| {shape.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def check() -> dict[str, tuple[float, float]]:
     """{what: (formula, counted)} in bytes for a small float32 Llama: tensors of the state, and those saved for backward."""
     import torch
@@ -143,6 +161,7 @@ def main(argv: list[str]) -> None:
         return
     for ranks in (1, 4, 8):
         print(table(ranks), end="\n\n")
+    print(fits())
 
 
 if __name__ == "__main__":

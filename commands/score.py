@@ -426,8 +426,9 @@ def place(archive: str | None) -> dict[str, Any]:
     """Step and examples of a checkpoint; empty for other weights."""
     if archive is not None:
         found = archives.find(archive)
-        if (found / checkpoint.MANIFEST).is_file():
-            opened = checkpoint.open_checkpoint(found)
+        source = found.with_name(found.name.removeprefix("model-"))  # what a consolidated model was made of
+        if (source / checkpoint.MANIFEST).is_file():
+            opened = checkpoint.open_checkpoint(source)
             return {"step": opened.step, "examples": opened.examples}
     return {"step": "", "examples": ""}
 

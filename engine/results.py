@@ -23,6 +23,7 @@ ARTIFACTS = (
     "figures",
     "LATEST",
     "merged",
+    "model-step-*",
 )
 
 
@@ -58,7 +59,7 @@ def render(results: Mapping[str, Any], run_dir: Path) -> str:
                 accuracy = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
             lines.append(f"  {row['group']:<24} {row['loss']:>10.4f}  {accuracy:<32} {row['n']:>6}")
     lines += ["", f"run directory: {run_dir}"]
-    lines += [f"  {run_dir / name}" for name in ARTIFACTS if (run_dir / name).exists()]
+    lines += [f"  {path}" for pattern in ARTIFACTS for path in sorted(run_dir.glob(pattern))]
     return "\n".join(lines) + "\n"
 
 
