@@ -7,7 +7,6 @@ when to evaluate, save and stop.
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,9 +60,8 @@ class Parts:
     facts: Mapping[str, Any]  # what bit-exactness depends on, written into every checkpoint's manifest
     extra_state: Mapping[str, Any]  # constants of the run that a continuation needs
     selector: Selector | None = None  # which rows of a batch are trained on; None: all
-    fresh_pairs: Callable[[Sequence[Row], int], list[Row]] | None = (
-        None  # (rows, epoch) -> rows with new auxiliary pairs
-    )
+    # (rows, epoch) -> rows with new auxiliary pairs; None: the data's own
+    fresh_pairs: Callable[[Sequence[Row], int], list[Row]] | None = None
 
 
 class StepSums:
@@ -74,6 +72,7 @@ class StepSums:
         self.tables: dict[str, Tensor] = {}  # name -> (2, G): sums, counts
 
     def add(self, group: Tensor, values: Mapping[str, Tensor], live: bool) -> None:
+        """Take in a micro-batch: its (B,) groups and (B,) values; nothing of it where it is not ``live``."""
         for name, value in values.items():
             value = value.detach().double()
             defined = ~torch.isnan(value) if live else torch.zeros_like(value, dtype=torch.bool)
@@ -81,12 +80,18 @@ class StepSums:
             table = self.tables.setdefault(
                 name, torch.zeros(2, self.num_groups, dtype=torch.float64, device=value.device)
             )
-            table.index_add_(1, group, stacked)
+            table.index_add_(1, group.to(value.device), stacked)
 
-    def reduce(self, world: World) -> None:
+    def reduce(self, world: World, norm: Tensor) -> tuple[float, bool]:
+        """Sum over ranks -> (``norm``, whether a loss or the norm of any rank is not finite). From here on the sums are on
+        the CPU. The step's one wait for the device."""
         names = sorted(self.tables)
-        total = world.sum(torch.stack([self.tables[n] for n in names])).cpu()
-        self.tables = dict(zip(names, total, strict=True))
+        norm = norm.to(self.tables["loss"])[None]
+        ours = torch.cat([*(self.tables[n].flatten() for n in names), (~norm.isfinite()).to(norm)])
+        found = torch.cat([world.sum(ours), norm]).cpu()
+        *sums, bad, whole = found.split([2 * self.num_groups] * len(names) + [1, 1])
+        self.tables = {n: x.view(2, -1) for n, x in zip(names, sums, strict=True)}
+        return float(whole), bool(bad) or not bool(self.sums("loss").isfinite().all())
 
     def sums(self, name: str) -> Tensor:
         return self.tables[name][0]
@@ -116,12 +121,8 @@ class Trainer:
 
     def __init__(self, parts: Parts, groups: Sequence[str]) -> None:
         self.parts, self.groups = parts, tuple(groups)
-        self.__dict__.update(
-            {
-                name: getattr(parts, name)
-                for name in ("config", "world", "policy", "reference", "loss", "weighting")
-            }
-        )
+        self.config, self.world, self.policy = parts.config, parts.world, parts.policy
+        self.reference, self.loss, self.weighting = parts.reference, parts.loss, parts.weighting
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.step_count = 0  # optimizer updates done
         self.examples = 0  # rows consumed
@@ -142,63 +143,55 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One optimizer step over ``plan.step_rows``, or those of them that the selector keeps: the same rows give the same
-        update, however they are cut."""
+        update, however they are cut. Returns what is logged."""
         config, world, needs = self.config, self.world, self.loss.needs
-        indices = self.parts.plan.step_rows(self.step_count)
-        drawn = len(indices)
+        indices = drawn = self.parts.plan.step_rows(self.step_count)
         if self.parts.selector is not None:
-            indices = self.parts.selector(indices, self.step_count, self.losses)
-        parts = self.micro_batches(indices)
-        units, group_counts, num_examples = self.count(indices)  # before any forward
+            indices = self.parts.selector(drawn, self.step_count, self.losses)
+        units, group_counts = self.count(indices)  # before any forward
         sums, seen = StepSums(len(self.groups)), []
-        for part, live in world.share(parts):
+        for part, live in world.share(self.micro_batches(indices)):
             with autocast(config.precision, world.device):
                 batch = self.batch(part)
                 reference = self.reference(batch, needs.reference) if needs.reference else None
                 policy = self.policy(batch, needs.policy, needs.tokens)
                 out = self.loss(policy, reference, batch)
-            group, weight = batch.group.to(out.losses.device), batch.weight.to(out.losses)
-            weighted = weight * out.losses
-            robust = self.weighting.weights(group, group_counts, len(part)).to(out.losses)
+            weighted = batch.weight.to(out.losses) * out.losses
+            robust = self.weighting.weights(batch.group, group_counts, len(part)).to(out.losses)
             objective = (robust * weighted).sum() / units
             (objective * (world.gradient_scale if live else 0.0)).backward()
-            values = {"loss": weighted, "objective": robust * weighted, **out.metrics}
-            sums.add(group, values, live)
-            if live:
-                seen.append((part, out.losses.detach()))
+            sums.add(batch.group, {"loss": weighted, "objective": robust * weighted, **out.metrics}, live)
+            seen += [(part, out.losses.detach())] if live else []
         world.sum_gradients(self.parameters)
-        norm = clip_gradients(self.parameters, config.max_grad_norm)
-        sums.reduce(world)
-        loss_sums = sums.sums("loss")
-        broken = world.any(not (math.isfinite(norm) and bool(torch.isfinite(loss_sums).all())))
+        norm, broken = sums.reduce(world, clip_gradients(self.parameters, config.max_grad_norm))
         uids = self.blame(seen) if broken else [self.parts.rows[i].uid for i in indices]
-        facts = {"loss": float(loss_sums.sum()), "grad_norm": norm}
-        applied = self.guard.check(
-            not broken, self.step_count + 1, uids, facts
-        )  # raises before any parameter moves
+        facts = {"loss": float(sums.sums("loss").sum()), "grad_norm": norm}
+        # raises, if it is to, before any parameter moves
+        applied = self.guard.check(not broken, self.step_count + 1, uids, facts)
         lr = self.parts.schedule.set(self.parts.optimizer, self.step_count)
+        metrics = self.measured(sums, units, group_counts) | {"grad_norm": norm, "lr": lr}
+        if applied:
+            self.parts.optimizer.step()
+            self.weighting.update(sums.sums("loss"), group_counts, len(indices))
+            self.adviser.update(self.step_count + 1, sums.totals(), len(indices))
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        self.examples += len(drawn)
+        self.logged, self.judged = [], False
+        self.spike.update(self.step_count, metrics["train/loss"], norm, uids)
+        counters = {"skipped_steps": float(self.guard.skipped), "spikes": float(self.spike.count)}
+        return metrics | {f"train/{k}": v for k, v in self.weighting.metrics().items()} | counters
+
+    def measured(self, sums: StepSums, units: float, group_counts: Tensor) -> dict[str, float]:
+        """What the step's sums say: means over examples, overall and per group, and the loss as it is minimised."""
         metrics = sums.means("train", self.groups, skip=("objective",))
         metrics |= {f"train/{k}": v for k, v in derived(self.loss, sums.overall()).items()}
         if len(self.groups) > 1:
-            metrics |= {
-                f"train/group_counts/group_{g}": n
-                for g, n in zip(self.groups, group_counts.tolist(), strict=True)
-            }
-        if applied:
-            self.parts.optimizer.step()
-            self.weighting.update(loss_sums, group_counts, num_examples)
-            self.adviser.update(self.step_count + 1, sums.totals(), num_examples)
-        self.parts.optimizer.zero_grad(set_to_none=True)
-        self.step_count += 1
-        self.examples += drawn
-        self.logged, self.judged = [], False
-        metrics["train/loss"] = float(loss_sums.sum()) / units
-        metrics["train/objective"] = float(sums.sums("objective").sum()) / units
-        self.spike.update(self.step_count, metrics["train/loss"], norm, uids)
-        counters = {"skipped_steps": self.guard.skipped, "spikes": self.spike.count}
-        return metrics | {f"train/{k}": v for k, v in self.weighting.metrics().items()} | {
-            "grad_norm": norm, "lr": lr, **{k: float(v) for k, v in counters.items()},
-        }  # fmt: skip
+            counts = zip(self.groups, group_counts.tolist(), strict=True)
+            metrics |= {f"train/group_counts/group_{g}": n for g, n in counts}
+        for name in ("loss", "objective"):
+            metrics[f"train/{name}"] = float(sums.sums(name).sum()) / units
+        return metrics
 
     def batch(self, part: Sequence[int]) -> Batch:
         """A micro-batch; with new auxiliary pairs every epoch where the run draws them."""
@@ -239,8 +232,8 @@ class Trainer:
             self.parts.rows, indices, num_micro=config.gradient_accumulation_steps * self.world.size
         )
 
-    def count(self, indices: Sequence[int]) -> tuple[float, Tensor, int]:
-        """(what the loss averages over: examples or response tokens, (G,) examples per group, examples) of the step."""
+    def count(self, indices: Sequence[int]) -> tuple[float, Tensor]:
+        """(what the loss averages over: examples or response tokens, (G,) examples per group) of the step."""
         needs, rows = self.loss.needs, self.parts.rows
         counts = torch.zeros(len(self.groups), dtype=torch.float64)
         for i in indices:
@@ -255,7 +248,7 @@ class Trainer:
                     if role in needs.policy
                 )
             )
-        return units, counts, len(indices)
+        return units, counts
 
     # -------------------------------------------------------------------------------------------- the run
 

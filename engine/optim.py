@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import place
-from engine.parallel import full_tensor
 from utils import UserError, did_you_mean
 
 UNUSABLE = {
@@ -113,17 +112,20 @@ def _fusable(name: str, params: Sequence[Tensor]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
 
 
-def clip_gradients(params: Iterable[Tensor], max_norm: float | None) -> float:
-    """Scale all gradients so that their joint 2-norm is at most ``max_norm`` (None: leave them); the norm before.
+def clip_gradients(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their joint 2-norm is at most ``max_norm`` (None: leave them); () the norm before.
 
-    Works for sharded gradients: the norm is that of the whole. A norm that is not finite is returned as it is, and
-    the gradients are then good for nothing: check it before the optimizer steps.
+    Works for sharded gradients: the norm is that of the whole. It stays on the gradients' device: nothing waits for it. A
+    norm that is not finite is returned as it is, and the gradients are then good for nothing: check it before the
+    optimizer steps.
     """
     params = [p for p in params if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    if max_norm is not None:
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    # on the CPU looking is free, and a pass over all gradients is not
+    if max_norm is not None and not (whole.device.type == "cpu" and whole <= max_norm):
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-    return float(full_tensor(norm))
+    return whole.detach()
 
 
 @dataclass
