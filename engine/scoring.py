@@ -328,6 +328,8 @@ def _last_mlp_only_at(body: nn.Module, at: Tensor) -> Iterator[None]:
     """
     blocks = [m for m in body.modules() if isinstance(getattr(m, "mlp", None), nn.Module)]
     usual = blocks and type(blocks[-1].mlp).__name__.endswith("MLP")
+    # Bloom's MLP takes the residual too
+    usual = usual and len(inspect.signature(blocks[-1].mlp.forward).parameters) == 1
     if not usual or getattr(blocks[-1], "gradient_checkpointing", False):
         yield
         return

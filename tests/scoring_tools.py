@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -42,6 +43,15 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**_LLAMA, **_SPECIAL, num_key_value_heads=2),
     "gptj": lambda: GPTJConfig(
         **_GPT, **_SPECIAL, rotary_dim=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
+    ),
+    "bloom": lambda: BloomConfig(
+        **_SPECIAL,
+        vocab_size=VOCAB,
+        hidden_size=16,
+        n_layer=2,
+        n_head=4,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
     ),
     "gemma2": lambda: Gemma2Config(
         **_LLAMA,

@@ -158,7 +158,7 @@ def test_every_scorer_has_its_own_bounded_workspace():
 
 @pytest.mark.parametrize(
     "kind, reason",
-    [("gptj", "does not use transformers' attention interface"), ("gemma2", "attn_implementation=eager")],
+    [("bloom", "does not use transformers' attention interface"), ("gemma2", "attn_implementation=eager")],
 )
 def test_models_that_cannot_share_prompts_say_why(kind, reason):
     scorer = Scorer(make_model(kind))
@@ -322,5 +322,7 @@ def test_rewards_and_embeddings_are_read_at_the_last_response_token(kind, layout
 
 
 def test_every_tested_architecture_is_built():
-    assert {"llama", "gpt2", "gpt_neox", "gemma", "qwen2", "mistral", "gptj", "gemma2"} == set(CONFIGS)
+    assert {"llama", "gpt2", "gpt_neox", "gemma", "qwen2", "mistral", "gptj", "bloom", "gemma2"} == set(
+        CONFIGS
+    )
     assert scoring.PROBE_TOLERANCE[torch.float64] < scoring.PROBE_TOLERANCE[torch.float32] and VOCAB < 64
