@@ -72,21 +72,6 @@ def test_the_last_partial_batch_is_used(tmp_path):
     assert trainer.examples == 25 and trainer.step_count == 5
 
 
-def test_a_mean_of_micro_batch_means_would_be_noticed(tmp_path, monkeypatch):
-    """The planted defect of the field: dividing by the micro-batch instead of the step (25 rows make unequal cuts)."""
-    rows = make_rows(25)
-    whole = run(tmp_path / "a", DPO(beta=0.3), Uniform(), rows=rows, batch_size=25)
-
-    def mean_of_means(self, indices):
-        units, counts = honest(self, indices)
-        return units * 1.02, counts  # what a wrong denominator amounts to
-
-    honest = trainers.Trainer.count
-    monkeypatch.setattr(trainers.Trainer, "count", mean_of_means)
-    other = run(tmp_path / "b", DPO(beta=0.3), Uniform(), rows=rows, batch_size=25)
-    assert (parameters(other) - parameters(whole)).abs().max() > 1e-6
-
-
 def test_a_dropped_remainder_would_be_noticed(tmp_path, monkeypatch):
     rows = make_rows(25)
     whole = run(tmp_path / "a", DPO(beta=0.3), Uniform(), rows=rows, batch_size=25)
