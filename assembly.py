@@ -351,9 +351,12 @@ class _Session:
                 self.run_dir, examples=examples, metrics_offset=state["metrics"]["offset"] if state else 0
             )
             made = rundir.provenance(
-                run.plain, command=[Path(sys.argv[0]).name, *sys.argv[1:]], seed=config.seed, root=ROOT
+                config_hash=run.config_hash,
+                config_hash_no_seed=run.config_hash_no_seed,
+                command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+                seed=config.seed,
+                root=ROOT,
             )
-            made |= {"config_hash": run.config_hash, "config_hash_no_seed": run.config_hash_no_seed}
             rundir.write_facts(self.run_dir, run.plain, made, examples=examples)
             shown["provenance"] = json.loads((self.run_dir / "provenance.json").read_text(encoding="utf-8"))
         w = config.wandb

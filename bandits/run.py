@@ -20,7 +20,7 @@ import utils
 from bandits.report import Report
 from config.build import build, load_class
 from engine.rundir import provenance, write_facts
-from utils import UserError
+from utils import UserError, content_hash
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
 PREFIX = ("+experiment=", "experiment=")
@@ -67,7 +67,13 @@ def main(argv: list[str]) -> int:
         experiment = study(plain)
         torch.set_num_threads(plain["num_threads"])
         report = Report(Path(plain["run_root"]) / name)
-        facts = provenance(plain, command=argv, seed=experiment.seed, root=CONFIG_DIR)
+        facts = provenance(
+            config_hash=content_hash(plain["study"]),
+            config_hash_no_seed=content_hash({k: v for k, v in plain["study"].items() if k != "seed"}),
+            command=argv,
+            seed=experiment.seed,
+            root=CONFIG_DIR,
+        )
         write_facts(report.folder, plain, facts)
         experiment.run(report)
         report.finish(experiment.claims)

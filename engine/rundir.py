@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from utils import UserError, content_hash, git_facts, log, versions, write_atomic
+from utils import UserError, git_facts, log, versions, write_atomic
 
 LOCK = ".lock"
 # What a run leaves behind; `set_aside` moves these and nothing else.
@@ -131,11 +131,6 @@ def redact(value: Any) -> Any:
     return value
 
 
-def config_hash(config: Mapping[str, Any], *, without: Collection[str] = ()) -> str:
-    """Hash of the settings; dotted keys (or whole groups) in ``without`` do not count."""
-    return content_hash({k: v for k, v in flatten(config).items() if not _covered(k, without)})
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"loss": {"beta": 0.1}}`` -> ``{"loss.beta": 0.1}``; lists and empty dicts are values."""
     flat: dict[str, Any] = {}
@@ -208,20 +203,14 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 def provenance(
-    config: Mapping[str, Any],
-    *,
-    command: Sequence[str],
-    seed: int,
-    root: Path,
-    ignore: Collection[str] = (),
+    *, config_hash: str, config_hash_no_seed: str, command: Sequence[str], seed: int, root: Path
 ) -> dict[str, Any]:
     """What was run: git, versions, settings' hashes, command, host, time (UTC). ``root`` is the source checkout."""
-    clean = redact(config)
     return {
         "git": git_facts(root),
         "versions": versions(),
-        "config_hash": config_hash(clean, without=ignore),
-        "config_hash_no_seed": config_hash(clean, without=[*ignore, "seed"]),
+        "config_hash": config_hash,
+        "config_hash_no_seed": config_hash_no_seed,
         "command": redact(list(command)),
         "seed": seed,
         "host": socket.gethostname(),
