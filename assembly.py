@@ -20,7 +20,7 @@ from config.compose import NOT_IDENTITY, Run
 from data.passport import passport
 from data.plan import Plan
 from data.schema import Row
-from engine import checkpoint, models, parallel, results, rundir, sharded
+from engine import checkpoint, models, parallel, results, rundir, runtime, sharded
 from engine.evaluation import Evaluator
 from engine.guards import SignalFlag
 from engine.metrics import MetricsLog, WandbSettings
@@ -46,8 +46,7 @@ class Outcome:
 def run_training(run: Run) -> Outcome:
     """Train (or continue, or show the results of) the run. Raises UserError for anything the user can mend."""
     config = run.config
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    runtime.configure(config.num_threads, config.allocator)
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         world = parallel.start(config.trainer.parallel, config.device, config.trainer.timeout_s)

@@ -15,14 +15,9 @@ from typing import Any
 
 import torch
 
+from engine import runtime
+
 ROOT = Path(__file__).resolve().parents[1]
-# glibc hands large freed blocks back to the system at once and zeroes them again at the next use. Both sides run with
-# the thresholds raised, which is worth 1.2 to 1.6 times to a trainer with large temporaries.
-KEEP_FREED = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
 MIB = 1 << 20
 
 
@@ -31,8 +26,6 @@ class Process:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
-        if spec["allocator"] == "keep":
-            env.update(KEEP_FREED)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps(spec)],
             cwd=ROOT,
@@ -144,6 +137,8 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     device = torch.device(spec["device"])
     torch.set_num_threads(spec["threads"])
+    if spec["allocator"] == "keep":
+        runtime.keep_freed_memory()
     workload = WORKLOADS[spec["workload"]]
     config = model_config(spec["model"], spec["vocab"])
     trainer = Trainer(

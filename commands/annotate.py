@@ -26,14 +26,14 @@ from tqdm import tqdm
 import assembly
 from commands import rows as jsonl
 from commands.calibration import Calibration, Pairs, calibrate, nll, sigmoid
-from commands.cli import Output, entry, use_threads
+from commands.cli import Output, entry
 from commands.judge import Judge, JudgeSettings
 from commands.rows import Labelled
 from commands.scorers import FunctionScorer, JudgeScorer, ModelScorer, Scores
 from config.compose import Run, compose, recorded
 from config.schema import DataConfig
 from data.split import SPLITS
-from engine import models, parallel, preferences
+from engine import models, parallel, preferences, runtime
 from preference_datasets import Tokenization
 from trainers import autocast
 from utils import UserError, content_hash, log, stream_seed, write_atomic
@@ -92,7 +92,7 @@ class Settings:
 
 def run(run: Run, settings: Settings) -> None:
     """Score every pair, calibrate on human labels, write the annotated rows and what they are worth."""
-    use_threads(run.config)
+    runtime.configure(run.config.num_threads, run.config.allocator)
     out = Path(settings.out)
     files = inputs(Path(settings.data), out)
     wanted = splits(settings, list(files))

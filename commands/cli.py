@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from config.build import build
 from config.compose import Run, compose
-from config.schema import Config
 from utils import UserError, content_hash, setup_logging, write_atomic
 
 
@@ -39,12 +37,6 @@ def entry(
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def use_threads(config: Config) -> None:
-    """CPU threads of torch, as in a training run."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
 
 
 def split(argv: Iterable[str], name: str) -> tuple[dict[str, Any], list[str]]:

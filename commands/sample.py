@@ -23,10 +23,10 @@ import run_data
 import run_models
 from commands import rows as jsonl
 from commands import two_sample
-from commands.cli import Output, entry, use_threads
+from commands.cli import Output, entry
 from config.compose import Run
 from data.schema import Example, Row
-from engine import archives, models, parallel, sampling
+from engine import archives, models, parallel, runtime, sampling
 from losses.pairwise import DPO
 from preference_datasets import Counts, Tokenization, tokenize
 from trainers import autocast
@@ -65,7 +65,7 @@ class Settings:
 def run(run: Run, settings: Settings) -> None:
     """Draw 2M responses per labelled pair from the reference policy (model.archive=) and write JSONL."""
     config = run.config
-    use_threads(config)
+    runtime.configure(config.num_threads, config.allocator)
     if run.model.archive is None and run.model.config is not None:
         log.warning("model.archive=null: sampling from an untrained model")
     if (settings.temperature, settings.top_p) != (1.0, 1.0):

@@ -25,14 +25,14 @@ import torch
 
 import assembly
 import run_data
-from commands.cli import entry, use_threads
+from commands.cli import entry
 from commands.judge import JudgeSettings, plain_text
 from commands.sample import as_text
 from commands.score_table import AGAINST, POLICY, table
 from commands.wins import Contest, Referee, Win, referees
 from config.compose import Run, recorded
 from data.schema import Batch, Example, Row
-from engine import archives, checkpoint, models, parallel, results, sampling, scoring, stats
+from engine import archives, checkpoint, models, parallel, results, runtime, sampling, scoring, stats
 from engine.evaluation import ACCURACIES, PREFIX, Evaluator, share_interval
 from engine.parallel import World
 from engine.reference import LiveReference
@@ -85,7 +85,7 @@ class Settings:
 
 def run(run: Run, settings: Settings) -> None:
     """Reward accuracies, log-probs, responses and win rates of model.archive=."""
-    use_threads(run.config)
+    runtime.configure(run.config.num_threads, run.config.allocator)
     session = Session(run, settings)
     with autocast(run.config.precision, session.device):
         session.evaluate()

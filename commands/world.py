@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from commands.cli import entry, use_threads
+from commands.cli import entry
 from config.compose import Run
 from data import optima
 from data.schema import Batch, Example
 from data.worlds import Settings as WorldSettings
 from data.worlds import World, exhaustive, make_world
-from engine import models
+from engine import models, runtime
 from engine.scoring import Scorer
 from losses.pairwise import DPO, IPO, Hinge, PairwiseLoss, RDPONoise
 from losses.vrpo import BASES, VarianceReduced
@@ -134,7 +134,7 @@ def report(run: Run, world: World, best: optima.Optimum, reference: np.ndarray, 
 
 def measure(run: Run, settings: Settings) -> None:
     """Print losses, rewards, regret and win rates of reference, policy and exact optimum, per group."""
-    use_threads(run.config)
+    runtime.configure(run.config.num_threads, run.config.allocator)
     if len(run.datasets) != 1 or not isinstance(run.datasets[0].settings, WorldSettings):
         raise UserError(f"datasets={run.config.datasets}: name one world, e.g. datasets=[world_bt]")
     spec = run.datasets[0]

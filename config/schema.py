@@ -145,6 +145,7 @@ class Config:
     audit: bool
     device: str
     num_threads: int | None
+    allocator: Literal["keep", "default"]
     datasets: list[str]
     data: DataConfig
     truncation: Literal["keep_start", "keep_end", "drop", "error"] | None

@@ -33,7 +33,7 @@ PLACE = frozenset(
 )
 # keys of a config that may differ between runs of one method
 NOT_METHOD = re.compile(
-    r"^(seed|exp_name|group_name|run_root|run_dir|fresh|resume.*|multirun_keys|wandb\..*|model\.archive|device|num_threads)$"
+    r"^(seed|exp_name|group_name|run_root|run_dir|fresh|resume.*|multirun_keys|wandb\..*|model\.archive|device|num_threads|allocator)$"
 )
 NAME = re.compile(
     r"^(?P<split>train|train_eval|eval|test)/(?P<metric>.+?)(?:/(?P<group>group_.+?|worst_group|mean_group))?(?P<bound>/ci_low|/ci_high)?$"
