@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +18,9 @@ import numpy as np
 from data.passport import Counts, is_identical, passport
 from data.plan import Plan, micro_batches
 from data.schema import Batch, Example, Row, Text
+from data.token_cache import TokenCache
 from engine.codec import Codec
-from utils import UserError, did_you_mean, log
+from utils import UserError, did_you_mean, file_hash, log
 
 __all__ = [
     "Counts",
@@ -33,6 +36,8 @@ __all__ = [
     "tokenize",
 ]
 
+# what tokenises and what stores: rows that other code made are not read
+CODE = [Path(__file__), Path(inspect.getfile(Codec)), Path(inspect.getfile(TokenCache))]
 CHUNK = 2048  # examples tokenised at a time: bounds the memory of the library's encodings
 
 
@@ -232,6 +237,7 @@ def tokenize(
     roles: Sequence[str] | None = None,
     optional_roles: Sequence[str] = (),
     counts: Counts | None = None,
+    cache: TokenCache | None = None,
 ) -> list[Row]:
     """Rows of the examples, in order; whatever is cut or dropped is added to ``counts``.
 
@@ -239,6 +245,7 @@ def tokenize(
     roles            responses to keep (None: all). Every example must have exactly one of each, but for those in
                      ``optional_roles``, of which it may have none or several
     counts           added to, and left for the caller to log; without it the counts are logged here
+    cache            where rows are looked for first, and put; None: they are made
 
     Special-token text in a prompt or response stays text. A response whose ``finished`` scalar is 0 (cut while it was
     generated) gets no EOS. Examples with a blank "target" are dropped: there is nothing to imitate.
@@ -247,8 +254,40 @@ def tokenize(
     chat template without an exact boundary, and over-long rows with truncation=error.
     """
     codec = Codec(tokenizer, settings.bos)
+
+    def make() -> tuple[list[Row], Counts]:
+        return _make_rows(examples, codec, settings, groups, roles, optional_roles)
+
+    if cache is None:
+        rows, tally = make()
+    else:
+        facts = {
+            "tokenizer": codec.identity,
+            "settings": asdict(settings),
+            "groups": groups,
+            "roles": roles,
+            "optional": optional_roles,
+            "code": [file_hash(path) for path in CODE],
+        }
+        rows, tally = cache.get(examples, facts, make)
+    if counts is None:
+        tally.log()
+    else:
+        counts.update(tally)
+    return rows
+
+
+def _make_rows(
+    examples: Sequence[Example],
+    codec: Codec,
+    settings: Tokenization,
+    groups: Sequence[str],
+    roles: Sequence[str] | None,
+    optional_roles: Sequence[str],
+) -> tuple[list[Row], Counts]:
+    """See `tokenize`."""
     index = {name: i for i, name in enumerate(groups)}
-    tally = Counts() if counts is None else counts
+    tally = Counts()
     prompts: dict[str, np.ndarray] = {}
     rows = []
     usable = []
@@ -302,9 +341,7 @@ def tokenize(
         tally.add("empty", group, sum(_is_blank(one.example.responses[i][1]) for i in one.kept))
         tally.add("unfinished", group, one.finished.count(False))
         tally.add("identical", group, is_identical(row))
-    if counts is None:
-        tally.log()
-    return rows
+    return rows, tally
 
 
 # ---------------------------------------------------------------------------------------------- what uses rows

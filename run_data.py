@@ -12,6 +12,7 @@ from data.files import ReadSettings
 from data.names import dataset_module
 from data.plan import Plan
 from data.schema import Example, Row
+from data.token_cache import TokenCache
 from losses.types import Loss
 from preference_datasets import Counts, Tokenization, sft_examples, tokenize
 from utils import UserError
@@ -59,6 +60,7 @@ def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
     kept: dict[str, list[Example]] = {}
     source: dict[str, list[int]] = {}
     counts = Counts()
+    cache = TokenCache(Path(run.config.token_cache)) if run.config.token_cache is not None else None
     for split, lists in by_split.items():
         rows[split], kept[split], source[split] = [], [], []
         for i, (spec, examples) in enumerate(zip(run.datasets, lists, strict=True)):
@@ -71,12 +73,15 @@ def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
                 roles=roles,
                 optional_roles=needs.optional_roles,
                 counts=counts,
+                cache=cache,
             )
             by_uid = {e.uid: e for e in examples}
             rows[split] += made
             kept[split] += [by_uid[row.uid] for row in made]
             source[split] += [i] * len(made)
     counts.log()
+    if cache is not None:
+        cache.log()
     if not rows.get("train") and not run.config.eval_only_once:
         raise UserError(f"datasets={run.config.datasets}: no training rows are left; see the counts above")
     return Data(groups, tuple(s.name for s in run.datasets), rows, kept, source, counts)

@@ -25,7 +25,7 @@ GROUPS = ("model", "loss", "weighting", "stopping", "data_selection", "trainer",
 # where a run is written and how it is watched: may differ between two starts of the same run
 NOT_IDENTITY = (
     "run_root", "run_dir", "exp_name", "fresh", "resume", "resume_from", "resume_allow", "audit", "wandb", "multirun_keys",
-    "reference_cache", "reference_check", "eval_batch_size", "checkpoint", "num_threads", "allocator", "device",
+    "cache_dir", "token_cache", "reference_cache", "reference_check", "eval_batch_size", "checkpoint", "num_threads", "allocator", "device",
     "trainer",
 )  # fmt: skip
 

@@ -144,11 +144,13 @@ class Config:
     resume_allow: list[str]
     audit: bool
     device: str
+    cache_dir: str
     num_threads: int | None
     allocator: Literal["keep", "default"]
     datasets: list[str]
     data: DataConfig
     truncation: Literal["keep_start", "keep_end", "drop", "error"] | None
+    token_cache: str | None
     max_length: int
     max_prompt_length: int
     sep_pairs: bool

@@ -44,6 +44,9 @@ class Counts:
         if times:
             self.table[kind, group] += int(times)
 
+    def update(self, other: Counts) -> None:
+        self.table.update(other.table)
+
     def by_group(self, kind: str) -> dict[str, int]:
         """Group -> count, groups with none left out."""
         return {group: count for (k, group), count in self.table.items() if k == kind}

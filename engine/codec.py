@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import tokenizers
+import transformers
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
@@ -73,6 +75,19 @@ class Codec:
         for word, name in self.secret.items():
             assert self._backend.token_to_id(name) == tokenizer.convert_tokens_to_ids(word), word
         self._set_bos(bos)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: what the ids of a text depend on, but for this code and the settings."""
+        tokenizer = self.tokenizer
+        return {
+            "class": type(tokenizer).__name__,
+            "backend": tokenizer.backend_tokenizer.to_str(),
+            "special": tokenizer.all_special_tokens,
+            "ids": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+            "chat_template": tokenizer.chat_template,
+            "versions": [transformers.__version__, tokenizers.__version__],
+        }
 
     def _set_bos(self, bos: str) -> None:
         plain = self.tokenizer.encode("a", add_special_tokens=False)

@@ -201,7 +201,7 @@ def test_two_ranks_train_save_and_merge_what_one_process_does(tmp_path, pretrain
         for w in words(tmp_path / "x")
         if not w.startswith(("model", "run_dir", "reference_cache", "reference="))
     ]
-    names = [*own, *more, "optimizer=SGD", f"reference_cache={tmp_path / 'cache'}"]
+    names = [*own, *more, "optimizer=SGD", f"cache_dir={tmp_path / 'cache'}"]
     finish([*names, f"run_dir={tmp_path / 'one'}"])
     finish([*names, f"run_dir={tmp_path / 'two'}", *TWO_RANKS, "activation_checkpointing=true"], ranks=2)
     file = "adapter_model.safetensors" if lora else "model.safetensors"

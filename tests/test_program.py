@@ -27,7 +27,7 @@ SMALL = [
 
 def start(root: Path, *words: str):
     """One run in this process; returns (its directory, outcome)."""
-    run = compose([*SMALL, f"run_root={root}", f"reference_cache={root}/cache", *words])
+    run = compose([*SMALL, f"run_root={root}", f"cache_dir={root}/cache", *words])
     return Path(run.config.run_dir), assembly.run_training(run)
 
 

@@ -53,7 +53,7 @@ def runs(tmp_path_factory) -> Path:
 
     def train(name: str, *words: str) -> None:
         run = compose(
-            [*DATA, *TRAIN, f"run_root={root}", f"reference_cache={root}/cache", f"exp_name={name}", *words]
+            [*DATA, *TRAIN, f"run_root={root}", f"cache_dir={root}/cache", f"exp_name={name}", *words]
         )
         assembly.run_training(run)
 
@@ -144,7 +144,7 @@ def test_a_reward_model_has_accuracies_and_no_responses(runs, tmp_path):
 
 def test_an_adapter_is_scored_against_what_it_was_trained_on(runs, tmp_path):
     lora = ["model.use_lora=true", "model.lora_rank=2"]
-    words = [*DATA, *TRAIN, *lora, f"run_root={runs}", f"reference_cache={runs}/cache", "exp_name=lora"]
+    words = [*DATA, *TRAIN, *lora, f"run_root={runs}", f"cache_dir={runs}/cache", "exp_name=lora"]
     run = compose([*words, "loss=ipo", "loss.beta=0.5", f"model.archive={runs}/sft/LATEST"])
     assembly.run_training(run)
     table, *_ = call(runs, tmp_path, *lora, f"model.archive={runs}/lora/LATEST", num_prompts=2)

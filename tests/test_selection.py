@@ -128,7 +128,7 @@ SMALL = [
 
 
 def start(root: Path, *words: str) -> list[dict]:
-    run = compose([*SMALL, f"run_root={root}", f"reference_cache={root}/cache", *words])
+    run = compose([*SMALL, f"run_root={root}", f"cache_dir={root}/cache", *words])
     assembly.run_training(run)
     lines = (Path(run.config.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == "train"]

@@ -51,7 +51,7 @@ def sweep(tmp_path_factory) -> Path:
         *SMALL,
         "wandb.enabled=false",
         f"run_root={root}",
-        f"reference_cache={root}/cache",
+        f"cache_dir={root}/cache",
         "exp_name=two",
     ]
     told: list[str] = []

@@ -104,7 +104,7 @@ def test_the_whole_way_runs_to_the_end_and_continues(tmp_path):
         *COMMON,
         *DATA,
         f"run_root={tmp_path}",
-        f"reference_cache={tmp_path}/cache",
+        f"cache_dir={tmp_path}/cache",
         "sample.max_new_tokens=4",
     ]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -40,7 +40,7 @@ def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
         "train.py",
         *WORDS,
         f"run_root={root}",
-        f"reference_cache={root}/cache",
+        f"cache_dir={root}/cache",
         "exp_name=run",
     ]
     done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,

@@ -254,7 +254,7 @@ SMALL_GROUPS = [
 
 def train(root: Path, *words: str) -> tuple[Run, World]:
     """A finished run, made by the code of train.py."""
-    run = compose([*COMMON, f"run_root={root}", f"reference_cache={root}/cache", *words])
+    run = compose([*COMMON, f"run_root={root}", f"cache_dir={root}/cache", *words])
     assembly.run_training(run)
     return run, make_world(run.datasets[0].settings)
 

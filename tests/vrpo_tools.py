@@ -28,7 +28,7 @@ COMMON = [
 
 def run_of(folder: Path, *words: str, data: list[str] | None = None) -> Run:
     """A composed run whose files stay below ``folder``."""
-    places = [f"run_root={folder}/runs", f"reference_cache={folder}/cache"]
+    places = [f"run_root={folder}/runs", f"cache_dir={folder}/cache"]
     return compose([*COMMON, *places, *(DATA if data is None else data), *words])
 
 

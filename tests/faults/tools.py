@@ -64,7 +64,7 @@ def composed(words: tuple[str, ...]):
 
 
 def words(run_dir: Path, *more: str) -> tuple[str, ...]:
-    return (*WORDS, f"run_dir={run_dir}", f"reference_cache={run_dir.parent / 'cache'}", *more)
+    return (*WORDS, f"run_dir={run_dir}", f"cache_dir={run_dir.parent / 'cache'}", *more)
 
 
 class Child:
