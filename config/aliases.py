@@ -81,6 +81,20 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
+def renamed(key: str, value: str) -> list[str]:
+    """Their value under our key. A neutral value is kept, for it may turn off what a preset has turned on; where the part has
+    no such key, ``compose`` passes over it."""
+    if value.lower() not in NEUTRAL:
+        return [f"{key}={value}"]
+    if key in ("weighting.step_size", "weighting.adj"):
+        return [f"{key}=0"]
+    if key == "weighting.adaptive_step_size":
+        return [f"{key}=false"]
+    unset = ("weighting.imp_weights", "stopping.patience_factor", "stopping.scheduler_metric", "model.archive")
+    # of the other keys the reference's neutral value means its default
+    return [f"{key}=null"] if key in unset else []
+
+
 def translate(overrides: list[str]) -> list[str]:
     """Their overrides -> ours, order kept. Raises UserError where the old word has no meaning here."""
     out = []
@@ -118,9 +132,7 @@ def translate(overrides: list[str]) -> list[str]:
             if value.lower() in NEUTRAL:
                 out.append("weighting.normalizer=in_batch_mean")  # true is our default
         elif key in RENAMED:
-            # a neutral value says what a part without that key does anyway
-            if value.lower() not in NEUTRAL:
-                out.append(f"{RENAMED[key]}={value}")
+            out += renamed(RENAMED[key], value)
         else:
             out.append(word)
     return out

@@ -173,6 +173,10 @@ def resolve(cfg: DictConfig) -> Run:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from error
+    swept = {"experiment", "loss", "weighting", "trainer", "stopping"}
+    methods = swept & set(plain.get("multirun_keys") or [])
+    for group in ("weighting", "stopping"):
+        _leave_out_foreign(plain, group, only_neutral=not (methods or plain.get("experiment")))
     _name_multirun(plain)
     plain.pop("experiment", None)
     problems: list[str] = []
@@ -214,15 +218,14 @@ def _name_multirun(plain: dict[str, Any]) -> None:
         if isinstance(value, Mapping):
             value = value.get("name")
         names.append(f"{key}={value}")
-    if {"experiment", "loss", "weighting", "trainer", "stopping"} & set(keys):
-        for group in ("weighting", "stopping"):
-            _leave_out_foreign(plain, group)
     if names:
         plain["run_dir"] = "/".join([str(plain["run_dir"]), *(n.replace("/", "_") for n in names)])
 
 
-def _leave_out_foreign(plain: dict[str, Any], group: str) -> None:
-    """In a multirun over methods, ``weighting.step_size=0.1`` is for the jobs whose weighting has such a key."""
+def _leave_out_foreign(plain: dict[str, Any], group: str, only_neutral: bool) -> None:
+    """In a multirun over methods, ``weighting.step_size=0.1`` is for the jobs whose weighting has such a key, and an experiment's
+    keys go with the part they are of (``experiment=X stopping=none``). In any run, 0, false and null say what a part without
+    the key does anyway: the older repositories set them for every loss."""
     part = plain.get(group)
     if not isinstance(part, dict):
         return
@@ -232,7 +235,7 @@ def _leave_out_foreign(plain: dict[str, Any], group: str) -> None:
     }
     mine = keys.get(str(part.get("name")), set())
     others = set().union(*keys.values()) - mine
-    for key in [k for k in part if k in others]:
+    for key in [k for k in part if k in others and not (only_neutral and part[k])]:
         log.info("%s.%s=%s: not for %s=%s", group, key, part.pop(key), group, part["name"])
 
 

@@ -171,6 +171,24 @@ def test_the_group_robust_repository_s_keys_are_understood():
     assert type(run.stopping).__name__ == "Plateau" and run.stopping.min_lr == 1e-8
 
 
+def test_a_neutral_value_of_an_older_key_turns_off_what_a_preset_turned_on():
+    robust = ["experiment=group_robust_goqa_gr_ipo", "model.archive=X"]
+    assert compose(robust).weighting.adaptive_step_size
+    run = compose([*robust, "loss.adaptive_step_size=false", "loss.step_size=0", "patience_factor=null"])
+    assert not run.weighting.adaptive_step_size and run.weighting.step_size == 0
+    assert run.stopping.patience_factor is None
+    plain = ["loss=ipo", "loss.beta=0.1", "assert_sft_step=false"]
+    for word in (
+        "loss.step_size=0",
+        "loss.adaptive_step_size=false",
+        "patience_factor=0",
+        "loss.imp_weights=false",
+    ):
+        assert type(compose([*plain, word]).weighting).__name__ == "Uniform"
+    with pytest.raises(UserError, match="step_size"):
+        compose([*plain, "loss.step_size=0.1"])
+
+
 def test_gnu_style_flags_become_overrides():
     assert prepare(["--model.archive", "X", "--lr", "1", "--multirun"]) == [
         "--multirun",
