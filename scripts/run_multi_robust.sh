@@ -1,12 +1,5 @@
 #!/bin/sh
-# GR-IPO on the five countries of the group-robust paper with its settings (Ramesh et al. 2024, Table 2), over seeds.
-# step_size 8e-6 is the paper's 5e-7 at batch 16 (its code sums where ours averages; see docs/keys.md).
+# GR-IPO on the five countries of the group-robust paper with its settings (config/experiment/group_robust_goqa_gr_ipo.yaml), over seeds.
 #   sh scripts/run_multi_robust.sh --model.archive runs/SFT/LATEST [--seeds "0 1"] [OVERRIDES...]
 set -eu
-exec sh "$(dirname "$0")/seeds.sh" \
-    model=gemma-2b "datasets=[goqa]" \
-    "data.goqa.countries=[Nigeria,Egypt,'India (Current national sample)',China,Japan]" \
-    loss=gr_ipo loss.beta=0.01 weighting.step_size=8e-6 weighting.adaptive_step_size=true weighting.step_factor=0.5 \
-    trainer=GroupTrainerEarlyStop stopping.scheduler_metric=loss stopping.patience_factor=2 stopping.min_lr=1e-8 \
-    batch_size=16 gradient_accumulation_steps=2 eval_batch_size=8 n_epochs=30 eval_every=960 \
-    n_eval_examples=null lr=6e-5 optimizer=AdamW weight_decay=0.01 warmup_steps=0 "$@"
+exec sh "$(dirname "$0")/seeds.sh" experiment=group_robust_goqa_gr_ipo "$@"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Supervised fine-tuning. Every argument is a Hydra override (or --key value): sh scripts/run_sft.sh model=gemma-2b datasets=[goqa] lr=1e-4
+# SFT on the five countries of the group-robust paper with its settings (Ramesh et al. 2024, Table 2): the start of run_multi.sh and
+# run_multi_robust.sh. Other data: python train.py loss=sft datasets=[hh] ...
+#   sh scripts/run_sft.sh [--seeds "0 1"] [OVERRIDES...]
 set -eu
-cd "$(dirname "$0")/.."
-sh scripts/setup.sh
-exec .venv/bin/python -u train.py loss=sft "$@"
+exec sh "$(dirname "$0")/seeds.sh" --seeds 0 experiment=group_robust_goqa_sft "$@"

@@ -1,0 +1,88 @@
+"""run_sft.sh, run_multi.sh, run_multi_robust.sh: what reaches train.py, and that it is the paper's settings (Ramesh et al. 2024, Table 2)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from config.compose import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("run_sft.sh", "run_multi.sh", "run_multi_robust.sh")
+
+
+def calls(place: Path, script: str, *words: str) -> list[list[str]]:
+    """The words of each call of train.py, in a checkout whose Python writes them down."""
+    (place / "scripts").mkdir()
+    for name in (*SCRIPTS, "seeds.sh"):
+        shutil.copy(ROOT / "scripts" / name, place / "scripts" / name)
+    (place / "scripts" / "setup.sh").write_text("exit 0\n")
+    python = place / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done >>calls; echo -- >>calls\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["sh", f"scripts/{script}", *words], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = (place / "calls").read_text().split("--\n")[:-1]
+    assert all(call.startswith("-u\ntrain.py\n") for call in written)
+    return [call.strip("\n").split("\n")[2:] for call in written]
+
+
+@pytest.mark.parametrize(
+    ("script", "seeds", "loss", "expected"),
+    [
+        ("run_sft.sh", [0], "SFT", {"lr": 1e-4, "optimizer": "RMSprop", "n_epochs": 1, "warmup_steps": 150}),
+        ("run_multi.sh", [0, 1, 2, 3, 4], "IPO", {"lr": 3e-5, "optimizer": "AdamW", "n_epochs": 30}),
+        ("run_multi_robust.sh", [0, 1, 2, 3, 4], "IPO", {"lr": 6e-5, "optimizer": "AdamW", "n_epochs": 30}),
+    ],
+)
+def test_by_default_the_scripts_run_the_paper(tmp_path, script, seeds, loss, expected):
+    archive = [] if script == "run_sft.sh" else ["--model.archive", "runs/sft_seed0/LATEST"]
+    runs = [compose(call) for call in calls(tmp_path, script, *archive)]
+    assert [run.config.seed for run in runs] == seeds
+    run = runs[0]
+    assert {key: getattr(run.config, key) for key in expected} == expected
+    config = run.config
+    assert (config.batch_size, config.gradient_accumulation_steps, config.eval_batch_size) == (16, 2, 8)
+    assert (type(run.loss).__name__, run.model.name_or_path) == (loss, "google/gemma-2b")
+    countries = run.datasets[0].settings.countries
+    assert countries == ["Nigeria", "Egypt", "India (Current national sample)", "China", "Japan"]
+    assert run.datasets[0].settings.train_frac == 0.8
+    if loss == "IPO":
+        assert run.loss.beta == 0.01 and run.model.archive == "runs/sft_seed0/LATEST"
+        assert run.stopping.watched() == "eval/loss/worst_group" and run.stopping.watched_mode() == "min"
+        assert run.stopping.watched_patience(config.eval_every) == 4 and run.stopping.min_lr == 1e-8
+    robust = script == "run_multi_robust.sh"
+    assert type(run.weighting).__name__ == ("GroupRobust" if robust else "Uniform")
+    if robust:  # the reference's 5e-7 at batch 16
+        assert run.weighting.step_size == 16 * 5e-7
+        assert run.weighting.adaptive_step_size and run.weighting.step_factor == 0.5
+
+
+def test_the_reference_s_flags_and_hydra_s_overrides_mix(tmp_path):
+    words = [
+        "--model",
+        "tiny",
+        "--model_archive",
+        "A B",
+        "--seeds",
+        "3 5",
+        "--loss.step_size=1e-7",
+        "--exp_name",
+        "x",
+    ]
+    words += ["datasets=[goqa_4,goqa_8]", "~data.goqa", "n_epochs=2", "stopping=none"]
+    found = calls(tmp_path, "run_multi_robust.sh", *words)
+    runs = [compose(call) for call in found]
+    assert [run.config.seed for run in runs] == [3, 5]
+    assert [run.config.exp_name for run in runs] == ["x_seed3", "x_seed5"]
+    run = runs[1]
+    assert run.model.archive == "A B" and run.weighting.step_size == 1e-7 and run.config.n_epochs == 2
+    assert run.config.datasets == ["goqa_4", "goqa_8"] and type(run.stopping).__name__ == "NoStopping"
