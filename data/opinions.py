@@ -18,6 +18,10 @@ about the same in all groups, so that a group which a model serves worse is one 
 no Bradley-Terry form: on the topic CYCLIC_TOPIC a cyclic term dominates, so that no ranking of the answers agrees with
 all preferences, and MIXED (a group and a topic) is two camps with opposite ideals.
 
+With ``group_in_prompt=false`` the prompt does not say whose opinion is asked ("May 21: wages shall rise."), so that one
+policy has to answer for all groups and what it gives to one it takes from another. ``law_table`` is then the whole
+problem, and data/optima.py solves it: the best average and the best worst group are different policies.
+
 Every month and every year of the waves is in every split, but each combination is in one split only: held-out prompts
 are new, and predictable.
 """
@@ -78,6 +82,7 @@ class Settings:
     num_test: int = 1000
     group_sizes: list[float] = field(default_factory=lambda: [0.45, 0.25, 0.15, 0.10, 0.05])
     balance_evaluation: bool = True
+    group_in_prompt: bool = True
     noise: float = NOISE
     distinct_pairs: bool = True
     data_seed: int = 0
@@ -167,6 +172,46 @@ def _logistic(x: float) -> float:
     return float(1.0 / (1.0 + np.exp(-x)))
 
 
+@dataclass(frozen=True)
+class LawTable:
+    """What data/optima.py reads of a world: G groups that answer the same X cells (topic, wording) with N = 5 answers.
+
+    sizes (G,) shares of the training pairs · sampler (X, N) law of one answer as drawn · pair_law (X, N, N) probability of
+    cell and ordered pair, sums to one · preference (G, X, N, N) probability that the first is preferred
+    """
+
+    groups: tuple[str, ...]
+    sizes: np.ndarray
+    sampler: np.ndarray
+    pair_law: np.ndarray
+    preference: np.ndarray
+
+
+def law_table(groups: Sequence[str], settings: Settings) -> LawTable:
+    """The population problem of these groups where one policy answers for all of them: ``group_in_prompt=false``, or one group.
+
+    Waves mean nothing and are left out. The answers' law is the same in every group (``response_law``).
+    """
+    cells = list(itertools.product(TOPICS, WORDINGS))
+    n = range(len(ANSWERS))
+    shares = np.array([settings.group_sizes[GROUPS.index(group)] for group in groups])
+    return LawTable(
+        tuple(groups),
+        shares / shares.sum(),
+        np.stack([response_law(groups[0], *cell) for cell in cells]),
+        np.stack([pair_law(groups[0], *cell, settings.distinct_pairs) for cell in cells]) / len(cells),
+        np.array(
+            [
+                [
+                    [[preference_probability(g, *cell, i, j, settings.noise) for j in n] for i in n]
+                    for cell in cells
+                ]
+                for g in groups
+            ]
+        ),
+    )
+
+
 # ---------------------------------------------------------------------------------------------- what can be reached
 
 
@@ -196,10 +241,11 @@ def law_accuracy(group: str, topic: str, wording: str, noise: float = NOISE, ran
 # ---------------------------------------------------------------------------------------------- the data
 
 
-def prompt_of(group: str, topic: str, wording: str, month: str, year: str) -> str:
-    """The prompt of one cell in one survey wave: 55 bytes, ASCII."""
+def prompt_of(group: str | None, topic: str, wording: str, month: str, year: str) -> str:
+    """The prompt of one cell in one survey wave, ASCII: 55 bytes, or 48 with group None, which is not told."""
     listed = " ".join(f"{letter} {answer}" for letter, answer in zip(LETTERS, ANSWERS, strict=True))
-    return f"{month} {year}, {group}: {topic} {wording} rise.\n{listed}\n"
+    asked = "" if group is None else f", {group}"
+    return f"{month} {year}{asked}: {topic} {wording} rise.\n{listed}\n"
 
 
 def waves(split: str) -> list[tuple[str, str]]:
@@ -264,7 +310,7 @@ def draw(
         chosen, rejected, p_star = second, first, 1.0 - p_first
     return Example(
         uid=uid,
-        prompt=prompt_of(group, topic, wording, *wave),
+        prompt=prompt_of(group if settings.group_in_prompt else None, topic, wording, *wave),
         responses=(("chosen", LETTERS[chosen]), ("rejected", LETTERS[rejected])),
         group=group,
         meta={"p_star": p_star, "topic": topic, "wording": wording, "group": group},

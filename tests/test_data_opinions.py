@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from data import opinions
+from commands import tradeoff
+from config.compose import compose
+from data import opinions, optima
 from data.opinions import ANSWERS, GROUPS, LETTERS, TOPICS, WORDINGS
 from utils import UserError, stream
 
@@ -271,3 +273,78 @@ def test_data_depend_on_the_data_seed_alone(data):
 def test_settings_are_checked(settings, problem):
     with pytest.raises(UserError, match=problem):
         opinions.Settings(**settings)
+
+
+# ---------------------------------------------------------------------------------------------- groups that are not told
+
+
+HIDDEN = opinions.Settings(
+    group_in_prompt=False, group_sizes=[0.5, 0.3, 0.2], num_train=24000, num_validation=0, num_test=3
+)
+
+
+def test_hidden_groups_share_their_prompts():
+    train = opinions.load("opinions", HIDDEN, 0)["train"]
+    prompts = {g: {e.prompt for e in train if e.group == g} for g in GROUPS[:3]}
+    assert prompts["north"] == prompts["south"] == prompts["coast"]
+    assert not any(group in prompt for prompt in prompts["north"] for group in GROUPS)
+    assert {e.meta["group"] for e in train} == set(GROUPS[:3])
+
+
+def test_the_table_of_laws_gives_what_the_data_give():
+    """Losses and accuracies of a policy with arbitrary scores, from 24,000 pairs and from the table."""
+    table = opinions.law_table(GROUPS[:3], HIDDEN)
+    assert table.sizes == pytest.approx([0.5, 0.3, 0.2]) and table.pair_law.sum() == pytest.approx(1)
+    scores = np.random.default_rng(5).normal(size=(len(TOPICS) * len(WORDINGS), N))
+    cells = list(itertools.product(TOPICS, WORDINGS))
+    beta = 0.7
+    exact_accuracy = tradeoff.accuracies(table, scores)
+    margin = scores[:, :, None] - scores[:, None, :]
+    loss = [(margin * s - 1 / (2 * beta)) ** 2 for s in (1, -1)]
+    exact_loss = (table.pair_law * (table.preference * loss[0] + (1 - table.preference) * loss[1])).sum(
+        (1, 2, 3)
+    )
+    examples = opinions.load("opinions", HIDDEN, 0)["train"]
+    for g, group in enumerate(table.groups):
+        h = np.array(
+            [
+                scores[cell][LETTERS.index(e.response("chosen"))]
+                - scores[cell][LETTERS.index(e.response("rejected"))]
+                for e in examples
+                if e.group == group
+                for cell in [cells.index((e.meta["topic"], e.meta["wording"]))]
+            ]
+        )
+        for values, exact in ((h > 0, exact_accuracy[g]), ((h - 1 / (2 * beta)) ** 2, exact_loss[g])):
+            error = values.std() / math.sqrt(len(values))
+            assert abs(values.mean() - exact) < TOLERANCE * error and error < 0.1
+
+
+def test_weighting_groups_moves_the_best_policy_as_the_weights_say():
+    """Less loss for the worst group and more on average: the optimum of each weighting is the best in its own respect."""
+    settings = opinions.Settings(group_in_prompt=False, group_sizes=[0.6, 0.25, 0.1, 0.05])
+    losses = {
+        name: found[0]
+        for name, found in tradeoff.best_policies(settings, optima.Objective("ipo", 0.5)).items()
+    }
+    shares = np.array(settings.group_sizes)
+    respects = {"uniform": lambda x: shares @ x, "importance": np.mean, "group_robust": np.max}
+    for name, respect in respects.items():
+        others = [respect(losses[other]) for other in losses if other != name]
+        assert respect(losses[name]) < min(others) - 1e-3
+    assert losses["group_robust"].max() == pytest.approx(0.841, abs=1e-3)
+
+
+def test_told_groups_have_each_their_best_policy_whatever_the_weights():
+    found = tradeoff.best_policies(opinions.Settings(), optima.Objective("ipo", 0.5))
+    assert np.array_equal(found["uniform"][0], found["group_robust"][0]) and len(found["uniform"][0]) == 5
+    assert found["uniform"][0].max() < 0.8
+
+
+def test_the_tradeoff_is_printed_and_needs_data_with_a_known_law(capsys):
+    words = ["loss=ipo", "loss.beta=0.5", "assert_sft_step=false", "datasets=[opinions]"]
+    tradeoff.report(compose([*words, "data.opinions.group_in_prompt=false"]), tradeoff.Settings())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:2] == ["loss", "north"] and rows[3][0] == "group_robust" and float(rows[3][6]) < 0.97
+    with pytest.raises(UserError, match="goqa"):
+        tradeoff.report(compose([*words[:3], "datasets=[goqa]"]), tradeoff.Settings())
