@@ -90,7 +90,12 @@ def renamed(key: str, value: str) -> list[str]:
         return [f"{key}=0"]
     if key == "weighting.adaptive_step_size":
         return [f"{key}=false"]
-    unset = ("weighting.imp_weights", "stopping.patience_factor", "stopping.scheduler_metric", "model.archive")
+    unset = (
+        "weighting.imp_weights",
+        "stopping.patience_factor",
+        "stopping.scheduler_metric",
+        "model.archive",
+    )
     # of the other keys the reference's neutral value means its default
     return [f"{key}=null"] if key in unset else []
 
