@@ -9,6 +9,7 @@ DIR/two_sample.json compares the labelled responses with the drawn ones: VRPO pr
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -66,6 +67,8 @@ def run(run: Run, settings: Settings) -> None:
     """Draw 2M responses per labelled pair from the reference policy (model.archive=) and write JSONL."""
     config = run.config
     runtime.configure(config.num_threads, config.allocator)
+    if settings.engine == "vllm":
+        require_vllm(run)
     if run.model.archive is None and run.model.config is not None:
         log.warning("model.archive=null: sampling from an untrained model")
     if (settings.temperature, settings.top_p) != (1.0, 1.0):
@@ -84,14 +87,20 @@ def run(run: Run, settings: Settings) -> None:
         )
     device = parallel.pick_device(config.device)
     model = models.build_reference(
-        run.model, archive=run.model.archive, seed=config.seed, device=device, tokenizer=tokenizer
+        run.model,
+        archive=run.model.archive,
+        seed=config.seed,
+        device=device if settings.engine == "hf" else "cpu",  # vLLM takes the device's memory for itself
+        tokenizer=tokenizer,
     )
-    draw = with_vllm(run, settings) if settings.engine == "vllm" else with_hf(run, settings, model, tokenizer)
+    draw = with_hf(run, settings, model, tokenizer) if settings.engine == "hf" else with_vllm(run, settings)
     origin = provenance(run, settings, model)
     for split, rows in data.rows.items():
         pairs = list(zip(rows, data.examples[split], strict=True))
         with autocast(config.precision, device):
             sample_split(run, settings, split, pairs, draw, tokenizer, origin)
+    del draw
+    model.to(device)
     advise_truncation(run)
     for split in settings.splits:
         if settings.check:
@@ -261,19 +270,28 @@ def with_hf(run: Run, settings: Settings, model: Any, tokenizer: Any) -> Draw:
     return draw
 
 
-def with_vllm(run: Run, settings: Settings) -> Draw:
-    """The same through vLLM: faster on a GPU; its draws are seeded per request but are not those of engine=hf."""
+def require_vllm(run: Run) -> Any:
+    """The module, where it is installed and can read the run's model."""
+    if run.model.archive is None or not (archives.find(run.model.archive) / "config.json").is_file():
+        raise UserError(
+            f"sample.engine=vllm model.archive={run.model.archive}: vLLM reads whole models in Hugging Face's format: give such a "
+            "folder, RUN/LATEST of a run, or of a LoRA run RUN/merged"
+        )
     try:
-        import vllm
+        return importlib.import_module("vllm")
     except ImportError as error:
         raise UserError(
-            "sample.engine=vllm: vLLM is not installed; pip install vllm, or sample.engine=hf"
+            f"sample.engine=vllm: vLLM cannot be imported ({error}); pip install vllm, or sample.engine=hf"
         ) from error
-    if run.model.archive is None:
-        raise UserError(
-            "sample.engine=vllm: give model.archive=, a full model saved by a run or a Hugging Face directory"
-        )
-    llm = vllm.LLM(str(archives.find(run.model.archive)), trust_remote_code=False)
+
+
+def with_vllm(run: Run, settings: Settings) -> Draw:
+    """The same through vLLM: faster on a GPU; its draws are seeded per request but are not those of engine=hf."""
+    vllm = require_vllm(run)
+    # its own choice for float32 weights would be half precision, which is another law; it has no float64
+    dtype = "bfloat16" if run.config.precision == "bf16" else run.model.reference_dtype
+    dtype = "float32" if dtype == "float64" else dtype
+    llm = vllm.LLM(str(archives.find(run.model.archive)), dtype=dtype, trust_remote_code=False)
 
     def draw(
         prompts: Sequence[np.ndarray], limits: Sequence[int], keys: Sequence[tuple]

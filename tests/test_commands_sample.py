@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from commands import sample, two_sample
 from commands.sample import Settings
 from data.schema import Example
 from engine import models, sampling
+from losses.pairwise import DPO
 from losses.vrpo import VarianceReduced
-from tests.vrpo_tools import COMMON, DATA, local, run_of
+from tests.vrpo_tools import COMMON, DATA, local, run_of, trained
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,3 +241,63 @@ def test_labelled_responses_of_another_law_are_noticed(drawn, caplog):
     ]  # fmt: skip
     result = two_sample.compare(same, models.load_tokenizer(run.model), sample.tokenization(run), scorer, 256)
     assert not result.differs and result.gap_low < 0 < result.gap_high
+
+
+# ---------------------------------------------------------------------------------------------- vLLM
+
+
+class StandIn:
+    """What commands.sample uses of vLLM: every prompt is answered by a fixed response, cut where max_tokens says so."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer, self.made, self.asked = answer, [], []
+        self.SamplingParams = lambda **how: how
+
+    def LLM(self, path: str, **how):
+        self.made.append((path, how))
+        return self
+
+    def generate(self, prompts, parameters):
+        self.asked += list(zip(prompts, parameters, strict=True))
+        cut = [self.answer[: how["max_tokens"]] for how in parameters]
+        outputs = [
+            SimpleNamespace(token_ids=ids, finish_reason="stop" if ids == self.answer else "length")
+            for ids in cut
+        ]
+        return [SimpleNamespace(outputs=[output]) for output in outputs]
+
+
+def test_vllm_is_asked_for_the_same_prompts_and_its_answers_are_kept(tmp_path, monkeypatch):
+    archive = trained(tmp_path, "sft", "loss=sft", "n_examples=8", "do_first_eval=false")
+    run = run_of(tmp_path, f"model.archive={archive}")
+    tokenizer = models.load_tokenizer(run.model)
+    stand_in = StandIn([*tokenizer.encode("Yes.", add_special_tokens=False), tokenizer.eos_token_id])
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    how = Settings(out=str(tmp_path / "out"), engine="vllm", num_pairs=2, check=0)
+    sample.run(run, how)
+    ((path, made),) = stand_in.made
+    assert (Path(path) / "model.safetensors").is_file()
+    assert made == {"dtype": "float32", "trust_remote_code": False}
+    rows, data = rows_of(tmp_path / "out" / "train.jsonl"), run_data.load_data(run, tokenizer, DPO(beta=1.0))
+    assert [row["aux_responses"] for row in rows] == [[["Yes.", "Yes."]] * 2] * 24
+    assert all(
+        row["aux_finished"] == [[True, True]] * 2 and row["aux_from"]["engine"] == "vllm" for row in rows
+    )
+    prompts = [p["prompt_token_ids"] for p, _ in stand_in.asked]
+    assert prompts == [row.prompt.tolist() for row in data.rows["train"] for _ in range(4)]
+    assert len({how["seed"] for _, how in stand_in.asked}) == 96
+    assert {(how["temperature"], how["top_p"]) for _, how in stand_in.asked} == {(1.0, 1.0)}
+    sample.run(run, Settings(out=str(tmp_path / "cut"), engine="vllm", max_new_tokens=2, check=0))
+    assert rows_of(tmp_path / "cut" / "train.jsonl")[0]["aux_responses"] == [["Ye", "Ye"]]
+    assert rows_of(tmp_path / "cut" / "train.jsonl")[0]["aux_finished"] == [[False, False]]
+
+
+def test_without_vllm_or_a_whole_model_it_says_what_to_do(tmp_path, monkeypatch):
+    how = Settings(out=str(tmp_path / "out"), engine="vllm")
+    with pytest.raises(UserError, match=r"model\.archive=None: vLLM reads whole models"):
+        sample.run(run_of(tmp_path), how)
+    archive = trained(tmp_path, "sft", "loss=sft", "n_examples=8", "do_first_eval=false")
+    monkeypatch.setitem(sys.modules, "vllm", None)  # not installed
+    monkeypatch.setattr(models, "build_reference", None)  # and told before a model is loaded
+    with pytest.raises(UserError, match=r"pip install vllm, or sample\.engine=hf"):
+        sample.run(run_of(tmp_path, f"model.archive={archive}"), how)
