@@ -73,7 +73,7 @@ def job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    run = resolve(cfg)
+    run = resolve(cfg, HydraConfig.get().overrides.task)
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         log.info("job %d: %s", HydraConfig.get().job.num, run.config.run_dir)
     if run.config.trainer.parallel != "none" and "RANK" not in os.environ:

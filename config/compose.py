@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def compose(argv: list[str]) -> Run:
             cfg = hydra_compose("config", overrides=words)
         except HydraException as error:
             raise UserError(f"cannot compose the configuration: {_first_line(error)}") from error
-    return replace(resolve(cfg), words=tuple(argv))
+    return replace(resolve(cfg, words), words=tuple(argv))
 
 
 def _first_line(error: Exception) -> str:
@@ -164,8 +164,8 @@ def _first_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ config -> Run
 
 
-def resolve(cfg: DictConfig) -> Run:
-    """Check everything that can be checked before data or models are touched.
+def resolve(cfg: DictConfig, typed: Iterable[str] = ()) -> Run:
+    """Check everything that can be checked before data or models are touched. ``typed``: Hydra's words of the command line.
 
     Raises UserError with all problems that were found, one a line.
     """
@@ -173,10 +173,12 @@ def resolve(cfg: DictConfig) -> Run:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from error
-    swept = {"experiment", "loss", "weighting", "trainer", "stopping"}
-    methods = swept & set(plain.get("multirun_keys") or [])
+    methods = {"experiment", "loss", "weighting", "trainer", "stopping"} & set(
+        plain.get("multirun_keys") or []
+    )
+    typed_keys = set() if methods else {word.lstrip("+").partition("=")[0] for word in typed}
     for group in ("weighting", "stopping"):
-        _leave_out_foreign(plain, group, only_neutral=not (methods or plain.get("experiment")))
+        _leave_out_foreign(plain, group, typed_keys)
     _name_multirun(plain)
     plain.pop("experiment", None)
     problems: list[str] = []
@@ -222,10 +224,11 @@ def _name_multirun(plain: dict[str, Any]) -> None:
         plain["run_dir"] = "/".join([str(plain["run_dir"]), *(n.replace("/", "_") for n in names)])
 
 
-def _leave_out_foreign(plain: dict[str, Any], group: str, only_neutral: bool) -> None:
-    """In a multirun over methods, ``weighting.step_size=0.1`` is for the jobs whose weighting has such a key, and an experiment's
-    keys go with the part they are of (``experiment=X stopping=none``). In any run, 0, false and null say what a part without
-    the key does anyway: the older repositories set them for every loss."""
+def _leave_out_foreign(plain: dict[str, Any], group: str, typed: set[str]) -> None:
+    """An experiment's keys go with the part they are of (``experiment=X stopping=none``). What was typed stays, and is refused
+    if the part has no such key, but for 0, false and null: they say what such a part does anyway, and the older
+    repositories set them for every loss. In a multirun over methods nothing counts as typed: ``weighting.step_size=0.1``
+    is for the jobs whose weighting has it."""
     part = plain.get(group)
     if not isinstance(part, dict):
         return
@@ -235,7 +238,7 @@ def _leave_out_foreign(plain: dict[str, Any], group: str, only_neutral: bool) ->
     }
     mine = keys.get(str(part.get("name")), set())
     others = set().union(*keys.values()) - mine
-    for key in [k for k in part if k in others and not (only_neutral and part[k])]:
+    for key in [k for k in part if k in others and not (f"{group}.{k}" in typed and part[k])]:
         log.info("%s.%s=%s: not for %s=%s", group, key, part.pop(key), group, part["name"])
 
 

@@ -189,6 +189,17 @@ def test_a_neutral_value_of_an_older_key_turns_off_what_a_preset_turned_on():
         compose([*plain, "loss.step_size=0.1"])
 
 
+def test_an_experiment_s_keys_leave_with_their_part_and_typed_ones_are_refused():
+    words = ["experiment=group_robust_goqa_gr_ipo", "model.archive=X"]
+    assert type(compose([*words, "stopping=none", "weighting=uniform"]).weighting).__name__ == "Uniform"
+    with pytest.raises(UserError, match="step_size"):
+        compose([*words, "weighting=uniform", "weighting.step_size=0.1"])
+    with pytest.raises(UserError, match="min_lr"):
+        compose([*words, "stopping=none", "stopping.min_lr=1e-6"])
+    swept = [*words, "weighting=uniform", "weighting.step_size=0.1", "multirun_keys=[weighting]"]
+    assert type(compose(swept).weighting).__name__ == "Uniform"
+
+
 def test_gnu_style_flags_become_overrides():
     assert prepare(["--model.archive", "X", "--lr", "1", "--multirun"]) == [
         "--multirun",
