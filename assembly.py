@@ -27,7 +27,7 @@ from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
 from engine.parallel import World
 from engine.samples import Sampler
-from run_data import Data, build_plan, load_data
+from run_data import Data, build_plan, check_groups, load_data
 from run_models import RunModels, describe, verify_scorer
 from trainers import Parts, Trainer
 from utils import UserError, git_facts, log, versions, write_atomic
@@ -129,6 +129,12 @@ class _Session:
     def plan(self) -> Plan:
         return build_plan(self.run_, self.data)
 
+    @cached_property
+    def weighting(self) -> Any:
+        """The state of the group weights."""
+        plan = self.plan
+        return self.run_.weighting.build(self.data.groups, plan.group_counts, plan.group_probs)
+
     @property
     def passes(self) -> float:
         """How often the training rows will be asked about."""
@@ -141,6 +147,9 @@ class _Session:
         self.report_data()
         if config.audit:
             return Outcome(None)
+        if not config.eval_only_once:
+            check_groups(self.run_, self.data.groups, self.eval_rows)
+            _ = self.weighting  # it may refuse the data, and no model is loaded yet
         found = world.on_main(
             lambda: checkpoint.choose(self.run_dir, resume=config.resume, resume_from=config.resume_from)
         )
@@ -266,9 +275,7 @@ class _Session:
                 policy=scorer,
                 reference=ref,
                 loss=self.loss,
-                weighting=self.run_.weighting.build(
-                    self.data.groups, self.plan.group_counts, self.plan.group_probs
-                ),
+                weighting=self.weighting,
                 stopper=self.run_.stopping.build(
                     lr=config.lr, num_examples=len(self.data.rows["train"]), eval_every=config.eval_every
                 ),

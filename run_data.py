@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from data.names import dataset_module
 from data.plan import Plan
 from data.schema import Example, Row
 from data.token_cache import TokenCache
+from engine.metric_names import parts
+from engine.stopping import Plateau
 from losses.types import Loss
 from preference_datasets import Counts, Tokenization, sft_examples, tokenize
 from utils import UserError
+from weighting import Uniform
 
 
 @dataclass
@@ -107,6 +110,24 @@ def check_columns(examples: Sequence[Example], scalars: Sequence[str], name: str
                     f"{example.uid}: column {column!r} is missing, which this loss needs; "
                     f"{name}/{split} has {sorted(example.scalars) or 'no such columns'}"
                 )
+
+
+def check_groups(run: Run, groups: Sequence[str], splits: Mapping[str, Sequence[Row]]) -> None:
+    """Where group weights or the stopping rule rest on groups, each must be in every evaluated split: a worst group that
+    leaves one out is not the worst. Raises UserError."""
+    watched = None
+    if isinstance(run.stopping, Plateau):
+        split, _, group, _ = parts(run.stopping.watched())
+        watched = {"eval": "validation", "train_eval": "train"}.get(split, split) if group else None
+    for split, rows in splits.items():
+        present = {row.group for row in rows}
+        missing = [name for i, name in enumerate(groups) if i not in present]
+        if rows and missing and (split == watched or not isinstance(run.weighting, Uniform)):
+            raise UserError(
+                f"no {split} row of group {', '.join(missing)}: its worst-group metrics would leave that out; "
+                "add rows or drop the group"
+                + (", or watch another stopping.metric" if split == watched else "")
+            )
 
 
 def build_plan(run: Run, data: Data) -> Plan:

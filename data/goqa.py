@@ -28,7 +28,7 @@ from data.survey import (
     option_texts,
     ranked,
 )
-from utils import UserError, did_you_mean, stream
+from utils import UserError, did_you_mean, log, stream
 
 COUNTRIES = (
     "Nigeria",
@@ -128,6 +128,12 @@ def load(name: str, settings: Settings, seed: int) -> dict[str, list[Example]]:
                 f"data.{name}.countries: {country!r} is not in the data{did_you_mean(country, seen)}; there are "
                 + ", ".join(sorted(seen))
             )
+    by = (
+        "row: each country's rows on their own, so that a question may be trained on for one and tested for another"
+        if settings.split_by == "row"
+        else "question: each in one split for all countries"
+    )
+    log.info("%s: split by %s", name, by)
     questions = [question for found in rows for question in found]
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for country in countries:

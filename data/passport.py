@@ -145,8 +145,8 @@ def passport(
     """Audit the tokenised rows of all splits.
 
     Findings: identical_pairs, shared_prompts_splits, shared_prompts_groups, conflicting_labels (with the noise rate they
-    imply), length_bias, double_bos, missing_eos, double_eos, group_without_training_rows, and one per kind of cut or
-    dropped row in ``counts``.
+    imply), length_bias, double_bos, missing_eos, double_eos, group_without_training_rows, group_without_evaluation_rows,
+    and one per kind of cut or dropped row in ``counts``.
     """
     numbers = {
         split: {groups[g]: _numbers(own) for g, own in sorted(_by(rows, lambda row: row.group).items())}
@@ -165,6 +165,7 @@ def passport(
         *_special_tokens(everything, tokenizer),
         *(_length_bias(split, group, of) for split, own in numbers.items() for group, of in own.items()),
         _untrained(numbers),
+        _unmeasured(numbers),
         *(
             Finding(
                 kind, f"{KINDS[kind]}: {counts.total(kind)} of {counts.total('examples')}", counts.total(kind)
@@ -333,6 +334,20 @@ def _untrained(numbers: Mapping[str, Mapping[str, Any]]) -> Finding | None:
         return None
     return Finding(
         "group_without_training_rows", f"evaluated, but never trained on: {', '.join(missing)}", len(missing)
+    )
+
+
+def _unmeasured(numbers: Mapping[str, Mapping[str, Any]]) -> Finding | None:
+    trained = set(numbers.get("train", ()))
+    missing = [
+        f"{split}/{group}" for split, own in numbers.items() if own for group in sorted(trained - set(own))
+    ]
+    if not missing:
+        return None
+    return Finding(
+        "group_without_evaluation_rows",
+        f"trained on, but without a row in {', '.join(missing)}",
+        len(missing),
     )
 
 

@@ -186,7 +186,9 @@ def split_questions(splits):
     return {s: {(e.meta["country"], e.prompt.split("on: ")[1]) for e in part} for s, part in splits.items()}
 
 
-def test_goqa_question_is_in_one_split_for_all_countries(survey):
+def test_goqa_question_is_in_one_split_for_all_countries(survey, caplog):
+    caplog.set_level(logging.INFO, logger="robust_pref")
+
     def load(**settings):
         countries = ["Nigeria", "Egypt", "Atlantis"]
         return goqa.load("goqa", goqa.Settings(path=survey, countries=countries, **settings), 0)
@@ -204,8 +206,10 @@ def test_goqa_question_is_in_one_split_for_all_countries(survey):
     assert 0 < len(fewer["train"]) < 0.65 * len(splits["train"])
     assert {e.uid for e in fewer["train"]} < {e.uid for e in splits["train"]}
     assert load(split_seed=1)["test"] != splits["test"]
+    caplog.clear()
     by_row = split_questions(load(split_by="row"))
     assert not by_row["train"] & by_row["test"]
+    assert "goqa: split by row: each country's rows on their own" in caplog.text
 
 
 def test_goqa_index_names_the_group_and_gives_the_same_split_as_the_list(survey):

@@ -121,6 +121,10 @@ def untrained(splits):
     splits["train"] = [e for e in splits["train"] if e.group == "a"]
 
 
+def unmeasured(splits):
+    splits["test"] = [e for e in splits["test"] if e.group == "a"]
+
+
 PLANTED = {
     "identical_pairs": identical,
     "shared_prompts_splits": leak,
@@ -132,6 +136,7 @@ PLANTED = {
     "responses_cut": long_response,
     "blank_targets": blank_target,
     "group_without_training_rows": untrained,
+    "group_without_evaluation_rows": unmeasured,
 }
 
 

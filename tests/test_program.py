@@ -141,6 +141,42 @@ def test_early_stopping_cuts_stops_and_restores(tmp_path, sft):
     assert lines(run_dir, "train")[-1]["lr"] <= 1e-3
 
 
+@pytest.mark.parametrize(
+    ("words", "missing", "told"),
+    [
+        (["weighting=importance"], "train", r"group 'b' has 0 training examples .* drop the group"),
+        (["weighting=group_robust"], "test", "no test row of group b: .* add rows or drop the group$"),
+        (["stopping=plateau"], "validation", r"no validation row of group b: .* another stopping\.metric"),
+        (["stopping=plateau", "stopping.metric=eval/loss"], "validation", None),
+        (["stopping=plateau"], "test", None),
+        ([], "test", None),
+    ],
+)
+def test_a_group_that_is_not_trained_on_or_measured_is_told_before_a_model_is_loaded(
+    tmp_path, monkeypatch, words, missing, told
+):
+    class Loading(Exception):
+        pass
+
+    def load(*args, **kwargs):
+        raise Loading
+
+    monkeypatch.setattr(assembly.models, "build_policy", load)
+    for split in ("train", "validation", "test"):
+        rows = [
+            {"prompt": f"{split} {group} {i}?", "chosen": "yes", "rejected": "no", "group": group}
+            for group in ("a" if split == missing else "ab")
+            for i in range(20)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f"data.local.path={tmp_path}/train.jsonl"]
+    files += [f"data.local.{split}_path={tmp_path}/{split}.jsonl" for split in ("validation", "test")]
+    fixed = ["model=tiny-llama", "loss=ipo", "loss.beta=0.1", "assert_sft_step=false", "wandb.enabled=false"]
+    run = compose([*fixed, f"run_root={tmp_path}", "datasets=[local]", *files, *words])
+    with pytest.raises(UserError if told else Loading, match=told):
+        assembly.run_training(run)
+
+
 def test_the_same_command_shows_the_finished_results(tmp_path, sft, capsys):
     run_dir, _ = start(tmp_path, "exp_name=x")
     capsys.readouterr()
