@@ -4,7 +4,7 @@
 
 Writes DIR/<split>.jsonl, one row per labelled pair (all its columns, plus the auxiliary responses on the splits asked
 for), which `python -m commands.annotate` completes and `datasets=[local]` reads. A killed command continues where it was.
-DIR/two_sample.json compares the labelled responses with the drawn ones: VRPO presumes that they follow one law.
+DIR/two_sample-<split>.json compares the labelled responses with the drawn ones: VRPO presumes that they follow one law.
 """
 
 from __future__ import annotations

@@ -15,10 +15,7 @@ Link = Callable[[Tensor], Tensor]
 TERMS = ("plain", "i2", "i3")  # of the derivative along the score scale; plain is I1's
 SIGMAS, SHARE = 4.0, 0.2  # a gap is told when it exceeds so many standard errors and this share of its spread
 SLOPES = (0.8, 1.25)  # calibration slopes outside are told, if they are no accident
-WORTH, ENOUGH = (
-    0.1,
-    500,
-)  # another lam is recommended when so many rows say that it removes this much more of the variance
+WORTH, ENOUGH = 0.1, 500  # another lam is told if it removes so much more of the variance, by so many rows
 
 
 def slope(link: Link, margin: Tensor) -> Tensor:
@@ -222,10 +219,14 @@ def _calibration_advice(means: Mapping[str, float], num: int) -> str:
 
 def _lam_advice(means: Mapping[str, float], num: int) -> str:
     found = diagnostics(means)
-    removed, best = found.get("vrpo/variance_removed"), found.get("vrpo/best_removed")
-    if num < ENOUGH or removed is None or best is None or best - removed < WORTH:
+    if num < ENOUGH or "vrpo/best_lam" not in found:
         return ""
-    lam = min(max(found["vrpo/best_lam"], 0.0), 1.0)
+    removed, free = found["vrpo/variance_removed"], found["vrpo/best_lam"]
+    lam = min(max(free, 0.0), 1.0)
+    # what is removed is a parabola in lam with its top at ``free``
+    best = found["vrpo/best_removed"] * lam * (2 * free - lam) / free**2 if free > 0 else 0.0
+    if best - removed < WORTH:
+        return ""
     return (
         f"the correction {'removes' if removed > 0 else 'adds'} {abs(removed):.0%} of the plain loss's gradient variance; "
         f"loss.lam={lam:.2g} would remove {best:.0%} (loss.lam=auto is best for a right scorer; more auxiliary pairs remove more)"

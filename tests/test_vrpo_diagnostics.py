@@ -89,9 +89,8 @@ def advised(
     g = 1 / (1 + np.exp(-sure * right * z))
     i2, i3, label = rng.normal(size=(3, num))
     length = rng.normal(gap, 1.0, num)
-    columns = columns_of(
-        i2 + label, noise * i2, noise * i3, lam, p=p, g=g, length_gap=length, length_gap_sq=length**2
-    )
+    terms = i2 + label, noise * i2, abs(noise) * i3
+    columns = columns_of(*terms, lam, p=p, g=g, length_gap=length, length_gap_sq=length**2)
     return advice(means_of(columns), {f"vrpo/{name}": num for name in columns})
 
 
@@ -109,6 +108,9 @@ def test_a_good_run_gets_no_advice():
             "lam",
             r"adds \d+% of the plain loss's gradient variance; loss\.lam=0\.1[5-9]",
         ),
+        # beyond [0, 1] what is promised is what the end of the interval removes
+        ({"lam": 0.25, "noise": 0.3}, "lam", r"removes \d+% .* loss\.lam=1 would remove (19|2[0-2])%"),
+        ({"lam": 1.0, "noise": -1.0}, "lam", r"adds \d+% .* loss\.lam=0 would remove 0%"),
         ({"lam": 0.5, "gap": 0.5}, "law", r"\+0\.\d+ tokens on average over 2000 rows"),
         ({"lam": 0.5, "right": -1.0}, "g", "hardly predict the labels"),
         ({"lam": 0.5, "right": 0.0}, "g", "all 1/2"),
