@@ -163,6 +163,23 @@ def test_best_of_one_is_the_sampling_law_and_ties_are_shared():
     assert twice == pytest.approx([0.6**2 - 0.2**2, (1 - 0.6**2) / 4, 3 * (1 - 0.6**2) / 4, 0.2**2])
 
 
+def _long_run(objective, num_actions: int) -> np.ndarray:
+    """(A,) probabilities where minimising ``objective`` of the (A,) log-probs ends, from the uniform policy."""
+    logits = torch.zeros(num_actions, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = objective(logits.log_softmax(0))
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return logits.detach().softmax(0).numpy()
+
+
 def _all_pairs(reward: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     a, b = (x.ravel() for x in np.indices((len(reward), len(reward))))
     win = (reward[a] > reward[b]) + 0.5 * (reward[a] == reward[b])
@@ -179,33 +196,46 @@ def test_the_ipo_fixed_point_is_where_a_long_run_of_the_loss_ends(margin):
     batch, loss = pattern.batch(scalars={"p_chosen": label}), IPO(beta=1 / (2 * margin))
     weight = torch.from_numpy(np.outer(mu, mu).ravel())
     base = torch.from_numpy(np.log(reference))
-    logits = torch.zeros(len(mu), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logits], lr=1.0, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14
-    )
 
-    def closure():
-        optimizer.zero_grad()
-        value = (
-            loss(pattern.scored(logits.log_softmax(0)[pick]), pattern.scored(base[pick]), batch).losses
-            * weight
-        ).sum()
-        value.backward()
-        return value
+    def objective(logps):
+        return (loss(pattern.scored(logps[pick]), pattern.scored(base[pick]), batch).losses * weight).sum()
 
-    optimizer.step(closure)
     expected = oracles.ipo_fixed_point(reference, mu, reward, margin)
-    assert logits.detach().softmax(0).numpy() == pytest.approx(expected, abs=1e-5)
+    assert _long_run(objective, len(mu)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_rwr_fixed_point_is_stationary_and_compounds_over_rounds():
-    table, tau = contextual.reward_table(5), 0.2
-    fixed = oracles.rwr_fixed_point(MU, table, tau)
-    logits = torch.from_numpy(np.log(fixed)).requires_grad_(True)
+@pytest.mark.parametrize("reward", [4, 5])
+def test_rounds_of_best_of_n_end_at_the_law_of_the_best_of_n_to_the_power_of_the_rounds(reward):
+    table, rng, num, law = contextual.reward_table(reward), np.random.default_rng(2), 20_000, MU
+    for rounds in (
+        1,
+        2,
+    ):  # every round imitates, to convergence, the selection among samples of the round before
+        actions = sample_categorical(torch.from_numpy(law).expand(1, num, -1), 10, [rng])
+        rewards = torch.from_numpy(table)[actions]
+        chosen = select(Arm("x", "best_of_n"), rewards, torch.zeros(*actions.shape, 1), RunningMoments())
+        picked, loss = actions.flatten()[chosen.pick], Arm("x", "best_of_n").loss()
+
+        def objective(logps, picked=picked, chosen=chosen, loss=loss):
+            losses = loss(chosen.pattern.scored(logps[picked]), None, chosen.batch).losses
+            return (losses * chosen.weight).sum()
+
+        law = _long_run(objective, 100)
+        expected = oracles.best_of_n(MU, table, 10**rounds)
+        assert np.abs(law - expected).max() < 5 * np.sqrt(expected.max() / num)
+        assert abs(law @ table - expected @ table) < 0.01
+
+
+def test_rounds_of_rwr_end_at_the_fixed_point_of_as_many_rounds():
+    table, tau = contextual.reward_table(4), 0.2
     pattern = Pattern(("sample",), 100)
-    batch = pattern.batch(scalars={"reward": torch.from_numpy(table)})
-    losses = RewardWeighted(tau)(pattern.scored(logits.log_softmax(0)[:, None]), None, batch).losses
-    (losses * torch.from_numpy(MU)).sum().backward()
-    assert logits.grad.abs().max() < 1e-12
-    again = oracles.rwr_fixed_point(oracles.rwr_fixed_point(fixed, table, tau), table, tau)
-    assert again == pytest.approx(oracles.rwr_fixed_point(MU, table, tau, rounds=3))
+    batch, loss = pattern.batch(scalars={"reward": torch.from_numpy(table)}), RewardWeighted(tau)
+    law = MU
+    for rounds in (1, 2, 3):
+
+        def objective(logps, law=law):
+            losses = loss(pattern.scored(logps[:, None]), None, batch).losses
+            return (losses * torch.from_numpy(law)).sum()
+
+        law = _long_run(objective, 100)
+        assert law == pytest.approx(oracles.rwr_fixed_point(MU, table, tau, rounds), abs=1e-5)
