@@ -3,7 +3,8 @@
     python -m benchmarks.throughput hh                     # original vs ours
     python -m benchmarks.throughput hh --simple            # only the scoring differs: padded vs shared
     python -m benchmarks.throughput opinion vrpo4 vrpo10 --model small_vocab
-    python -m benchmarks.throughput hh --device cuda --model gemma_2b
+    python -m benchmarks.throughput hh --trl PYTHON        # TRL's DPOTrainer vs ours; with --simple both references are live
+    python -m benchmarks.throughput hh --device cuda       # for Gemma-2B's shape see benchmarks.gpu
 
 Each contestant has a process of its own (its peak memory is its own) and they take turns step by step (other load on the
 machine falls on both). Weights, rows, loss, threads and allocator settings are the same on both sides, and so must be the
@@ -15,18 +16,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.worker import Process
-from benchmarks.workloads import WORKLOADS, model_config, padding
+from benchmarks.workloads import MODELS, WORKLOADS, find_workload, model_config, padding
 
 # Losses of equal steps differ by rounding, which AdamW's first steps magnify where gradients are nearly zero
-LOSS_TOLERANCE = 2e-3
+TRL = (
+    "trl",
+    "trl_live",
+)  # DPOTrainer with log-probs of the reference computed before training, or in every step
+LOSS_TOLERANCE = {"cpu": 2e-3, "cuda": 5e-2}  # cuda: bf16
+
+
+def workload_name(text: str) -> str:
+    """``text``, if it names a workload."""
+    try:
+        find_workload(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -34,8 +50,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("workload", nargs="+", choices=sorted(WORKLOADS))
-    parser.add_argument("--model", default="bench", choices=["bench", "small_vocab", "gemma_2b"])
+    parser.add_argument(
+        "workload",
+        nargs="+",
+        type=workload_name,
+        help=f"{', '.join(WORKLOADS)}, or a shape, e.g. 512x128x4: prompt, responses, how many",
+    )
+    parser.add_argument("--model", default="bench", choices=list(MODELS))
     parser.add_argument("--vocab", type=int, help="another vocabulary size")
     parser.add_argument(
         "--simple", action="store_true", help="same optimizer and live reference on both sides"
@@ -61,13 +82,41 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="append the results, one JSON object a line"
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--trl",
+        metavar="PYTHON",
+        help="against TRL's DPOTrainer, in this interpreter, which can import trl (CPU)",
+    )
+    options = parser.parse_args(argv)
+    if options.trl is not None:
+        problem = _unfit_for_trl(options)
+        if problem:
+            parser.error(f"--trl={options.trl}: {problem}")
+    return options
+
+
+def _unfit_for_trl(options: argparse.Namespace) -> str | None:
+    """Why DPOTrainer cannot take part, or None."""
+    if options.device != "cpu" or any(
+        len(find_workload(w).step(0, 9)[0].responses) > 2 for w in options.workload
+    ):
+        return "is compared on the CPU, with workloads of pairs"
+    try:
+        tried = subprocess.run([options.trl, "-c", "import trl"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return str(error)
+    if tried.returncode == 0:
+        return None
+    last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"cannot import trl there ({last}); make an environment with this project's requirements and `pip install trl`"
 
 
 def race(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run both contestants on a workload, taking turns; the result as printed."""
-    workload = WORKLOADS[name]
+    workload = find_workload(name)
     other, ours = ("padded", "shared") if options.simple else ("original", "ours")
+    if options.trl is not None:
+        other, ours = TRL[options.simple], "shared" if options.simple else "ours"
     rows, micro = options.rows or workload.rows, options.micro or workload.micro
     spec = {
         "workload": name,
@@ -80,24 +129,24 @@ def race(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "device": options.device,
     }
     micros = {other: micro, ours: options.our_micro or micro}
-    workers = {c: Process({**spec, "contestant": c, "micro": m}) for c, m in micros.items()}
+    where = {c: {"python": options.trl, "module": "benchmarks.trl_worker"} for c in TRL}
+    workers = {
+        c: Process({**spec, "contestant": c, "micro": m}, **where.get(c, {})) for c, m in micros.items()
+    }
     seen: dict[str, list[dict[str, Any]]] = {c: [] for c in workers}
     rates = []
     for index in range(spec["steps"]):  # the first one warms up
         for c in list(workers)[:: 1 if index % 2 else -1]:
             seen[c].append(workers[c].ask("step", index=index))
         rates.append(workers[ours].ask("rate")["flops_per_second"])
-        a, b = seen[other][-1]["loss"], seen[ours][-1]["loss"]
-        if not abs(a - b) <= LOSS_TOLERANCE:
-            raise SystemExit(
-                f"{name}: step {index}: loss {a} of {other} but {b} of {ours}: not the same training"
-            )
+        losses = {c: steps[-1]["loss"] for c, steps in seen.items()}
+        check_losses(f"{name}: step {index}", losses, options.device)
     if options.profile is not None:
-        for worker in workers.values():
+        for worker in (w for c, w in workers.items() if c not in TRL):
             worker.ask("profile", folder=str((options.profile / name).resolve()))
     for worker in workers.values():
         worker.close()
-    sides = {c: _side(steps, rows, max(rates), workers[c].loaded) for c, steps in seen.items()}
+    sides = {c: summary(steps, rows, max(rates), workers[c].loaded) for c, steps in seen.items()}
     vocab = model_config(options.model, options.vocab)["vocab_size"]
     return {
         **spec,
@@ -116,7 +165,14 @@ def race(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _side(steps: list[dict[str, Any]], rows: int, rate: float, loaded: dict[str, Any]) -> dict[str, Any]:
+def check_losses(where: str, losses: dict[str, float], device: str = "cpu") -> None:
+    """Stop where the contestants' losses differ by more than rounding."""
+    if not np.ptp(list(losses.values())) <= LOSS_TOLERANCE[device]:  # NaN included
+        raise SystemExit(f"{where}: losses {losses}: not the same training")
+
+
+def summary(steps: list[dict[str, Any]], rows: int, rate: float, loaded: dict[str, Any]) -> dict[str, Any]:
+    """A contestant's steps but for the first, as medians. rate: FLOP/s of matrix products."""
     seconds = median(s["seconds"] for s in steps[1:])
     flops = sum(s["flops"] for s in steps[1:])
     return {

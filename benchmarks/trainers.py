@@ -10,6 +10,7 @@ ours       our Scorer, reference log-probs computed once before training, the fu
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from benchmarks.workloads import Workload, build_model
 from data.schema import Batch, Row
 from engine.scoring import Scorer
 from losses.types import Scored
+from utils import global_rng_untouched
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,20 @@ def _right_padded(rows: Sequence[Tensor], value: int) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
+def with_adapter(model: nn.Module) -> nn.Module:
+    """``model`` with trained LoRA adapters (rank 8) on every linear layer of its blocks, the same ones every time."""
+    from peft import LoraConfig, get_peft_model
+
+    with global_rng_untouched(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*is_gradient_checkpointing.*", FutureWarning
+        )  # peft 0.21's, of transformers
+        torch.manual_seed(0)
+        return get_peft_model(
+            model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+
+
 class Trainer:
     """A contestant with its model, reference and optimizer."""
 
@@ -91,9 +107,12 @@ class Trainer:
         device: torch.device,
         micro: int,
         autocast: bool,
+        lora: bool = False,
     ) -> None:
         self.workload, self.device, self.micro, self.autocast = workload, device, micro, autocast
         self.model = build_model(config, 0, device).train()
+        if lora:
+            self.model = with_adapter(self.model)
         wrap = Scorer if contestant.forward == "scorer" else FullLogits
         self.policy = wrap(self.model)
         # like a finetuned policy's reference, it differs from the policy: losses then tell wrong references apart
@@ -102,7 +121,8 @@ class Trainer:
         self.cached = contestant.reference == "cached"
         self.cache: dict[tuple[str, ...], Scored] = {}
         how = {"fused": True} if contestant.optimizer == "fused" else {"foreach": False, "fused": False}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **how)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, **how)
 
     def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         return [Batch.collate(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
@@ -134,7 +154,7 @@ class Trainer:
             loss = self.workload.loss(policy, reference, batch).losses.sum() / len(rows)
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        nn.utils.clip_grad_norm_(self.trained, 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total

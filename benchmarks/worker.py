@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,29 @@ MIB = 1 << 20
 
 
 class Process:
-    """The parent's end of a worker."""
+    """The parent's end of a worker, which is killed after ``limit`` seconds."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        limit: float | None = None,
+        *,
+        python: str = sys.executable,
+        module: str = "benchmarks.worker",
+    ) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(spec)],
+            [python, "-m", module, json.dumps(spec)],
             cwd=ROOT,
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._timer = threading.Timer(limit or 0.0, self._process.kill)
+        self._timer.daemon = True
+        if limit is not None:
+            self._timer.start()
         self.loaded = self._read()
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
@@ -44,12 +56,14 @@ class Process:
 
     def close(self) -> None:
         """End the worker."""
+        self._timer.cancel()
         self._process.stdin.close()
         self._process.wait()
 
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
+            self._timer.cancel()
             raise RuntimeError(f"a worker ended with exit code {self._process.wait()}; its message is above")
         return json.loads(line)
 
@@ -125,8 +139,10 @@ def profile(trainer: Any, rows: list, folder: Path, name: str) -> None:
 
 def main() -> None:
     """Load, answer {"loaded": ..}, then answer each command until standard input ends."""
+    from torch._dynamo.utils import counters
+
     from benchmarks.trainers import CONTESTANTS, Trainer
-    from benchmarks.workloads import WORKLOADS, model_config, useful_flops
+    from benchmarks.workloads import find_workload, inner, model_config, useful_flops
 
     out, sys.stdout = sys.stdout, sys.stderr  # nobody else may write to the pipe
 
@@ -139,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     if spec["allocator"] == "keep":
         runtime.keep_freed_memory()
-    workload = WORKLOADS[spec["workload"]]
+    workload = find_workload(spec["workload"])
     config = model_config(spec["model"], spec["vocab"])
     trainer = Trainer(
         CONTESTANTS[spec["contestant"]],
@@ -148,11 +164,12 @@ def main() -> None:
         device=device,
         micro=spec["micro"],
         autocast=device.type == "cuda",
+        lora=spec.get("lora", False),
     )
     steps = [workload.step(i, config["vocab_size"])[: spec["rows"]] for i in range(spec["steps"])]
     memory = Memory(device)
     positions: list[int] = []
-    trainer.model.base_model.register_forward_pre_hook(
+    inner(trainer.model).base_model.register_forward_pre_hook(
         lambda _, args, kwargs: positions.append(
             (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
         ),
@@ -175,6 +192,8 @@ def main() -> None:
                 positions=sum(positions),
                 flops=useful_flops(rows, trainer.model),
                 peak_mib=memory.peak(),
+                loaded_mib=memory.base,
+                graphs=counters["stats"]["unique_graphs"],
             )
         elif request["command"] == "rate":
             say(flops_per_second=matmul_rate(device, device.type == "cuda"))

@@ -5,8 +5,9 @@ Token ids are drawn uniformly: speed and memory depend on lengths, not on words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,31 @@ WORKLOADS = {
     "vrpo10": Workload(4, 2, _FOUR, VarianceReduced(beta=0.1), _dialogues(10)),
 }
 
+SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")  # prompt tokens x response tokens x responses
+
+
+def find_workload(name: str) -> Workload:
+    """One of ``WORKLOADS``, or rows of one shape: "512x128x4" is a prompt of 512 tokens with 4 responses of 128."""
+    if name in WORKLOADS:
+        return WORKLOADS[name]
+    found = SHAPE.fullmatch(name)
+    prompt, response, count = map(int, found.groups()) if found else (0, 0, 0)
+    if not prompt or not response or count < 2 or count % 2:
+        raise ValueError(
+            f"workload {name!r}: must be one of {', '.join(WORKLOADS)} or a shape such as 512x128x4 "
+            "(prompt tokens, response tokens, an even number of responses)"
+        )
+
+    def draw(rng: np.random.Generator, rows: int, vocab: int) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        return [
+            (_ids(rng, prompt, vocab), [_ids(rng, response, vocab) for _ in range(count)])
+            for _ in range(rows)
+        ]
+
+    like = WORKLOADS["hh" if count == 2 else "vrpo4"]
+    return replace(like, draw=draw)
+
+
 _SMALL_VOCABULARY = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -108,6 +134,17 @@ _SMALL_VOCABULARY = {
     "intermediate_size": 1024,
     "vocab_size": 1024,
     "max_position_embeddings": 4096,
+}
+_TINY = {
+    "model_type": "gemma",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "vocab_size": 97,
+    "max_position_embeddings": 1024,
 }
 _GEMMA_2B = {
     "model_type": "gemma",
@@ -122,13 +159,17 @@ _GEMMA_2B = {
 }
 
 
+MODELS = ("bench", "small_vocab", "gemma_2b", "tiny")
+
+
 def model_config(name: str, vocab: int | None = None) -> dict:
-    """Keyword arguments of a Hugging Face config: bench (config/model/bench.yaml), small_vocab or gemma_2b."""
+    """Keyword arguments of a Hugging Face config: bench (config/model/bench.yaml), small_vocab, gemma_2b, or
+    tiny (for tests)."""
     if name == "bench":
         config = dict(yaml.safe_load((ROOT / "config" / "model" / "bench.yaml").read_text("utf-8"))["config"])
         config["max_position_embeddings"] = 4096
     else:
-        config = dict({"small_vocab": _SMALL_VOCABULARY, "gemma_2b": _GEMMA_2B}[name])
+        config = dict({"small_vocab": _SMALL_VOCABULARY, "gemma_2b": _GEMMA_2B, "tiny": _TINY}[name])
     if vocab is not None:
         config["vocab_size"] = vocab
     return config
@@ -145,6 +186,11 @@ def build_model(config: dict, seed: int, device: torch.device) -> nn.Module:
         return AutoModelForCausalLM.from_config(hf)
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """The Hugging Face model, inside its PeftModel if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 # ---------------------------------------------------------------------------------------------- what is needed
 
 
@@ -152,13 +198,17 @@ def useful_flops(rows: Sequence[Row], model: nn.Module) -> float:
     """Floating-point operations that one optimizer step on ``rows`` needs, a multiply-add counting two.
 
     Every distinct prompt and response once, the last MLP and the vocabulary head only where a response token is predicted,
-    the reference cached: 6 per weight and token, attention 3.5 times its forward pass (the backward pass forms the scores
-    again).
+    the reference cached: 6 per trained weight and token, 4 per frozen one (LoRA: no gradient of the weight), attention 3.5
+    times its forward pass (the backward pass forms the scores again).
     """
-    embeddings = model.get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2) - embeddings
-    last = [m.mlp for m in model.base_model.modules() if hasattr(m, "mlp")][-1]
-    last_mlp = sum(p.numel() for p in last.parameters() if p.dim() == 2)
+
+    def cost(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters if p.dim() == 2)
+
+    model = inner(model)
+    embeddings = cost([model.get_input_embeddings().weight])
+    body = cost(model.base_model.parameters()) - embeddings
+    last_mlp = cost([m.mlp for m in model.base_model.modules() if hasattr(m, "mlp")][-1].parameters())
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim
@@ -170,7 +220,7 @@ def useful_flops(rows: Sequence[Row], model: nn.Module) -> float:
         heads += 1 + fed.sum()
         pairs += p * (p + 1) / 2 + (fed * p + fed * (fed + 1) / 2).sum()
     weights = (body - last_mlp) * tokens + (last_mlp + embeddings) * heads
-    return 6 * weights + 3.5 * attention * pairs
+    return weights + 3.5 * attention * pairs
 
 
 def _trees(rows: Sequence[Row]) -> dict[bytes, set[bytes]]:

@@ -10,9 +10,12 @@ from typing import Literal
 import torch
 
 # names and numbers of glibc's malloc.h
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
-LARGEST = 2**31 - 1  # mallopt takes an int
-TOP_PAD = 64 << 20
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+SETTINGS = (
+    (M_MMAP_MAX, 0),
+    (M_TRIM_THRESHOLD, -1),
+    (M_TOP_PAD, 64 << 20),
+)  # never map a block, never trim the heap
 
 
 def configure(num_threads: int | None, allocator: Literal["keep", "default"]) -> None:
@@ -27,9 +30,9 @@ def keep_freed_memory() -> bool:
     """Have glibc's malloc keep the memory of freed tensors for the next ones; whether it will.
 
     By default a large block goes back to the system when it is freed, and the kernel maps and zeroes fresh pages for the
-    next one, which takes longer than most arithmetic on it. With the thresholds raised it stays in the heap: the process
-    keeps what it needed at its peak. Nothing happens, and False is returned, where malloc is not glibc's, or where the
-    environment already sets it up (MALLOC_*, GLIBC_TUNABLES).
+    next one, which takes longer than most arithmetic on it. Here it stays in the heap: the process keeps what it needed at
+    its peak. Nothing happens, and False is returned, where malloc is not glibc's, or where the environment already sets it
+    up (MALLOC_*, GLIBC_TUNABLES).
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     chosen = chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
@@ -38,6 +41,4 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):  # musl
         return False
-    # before version 2.35 no threshold above 32 MiB is accepted, but "never map" is
-    large = libc.mallopt(M_MMAP_THRESHOLD, LARGEST) or libc.mallopt(M_MMAP_MAX, 0)
-    return bool(large and libc.mallopt(M_TRIM_THRESHOLD, LARGEST) and libc.mallopt(M_TOP_PAD, TOP_PAD))
+    return all(libc.mallopt(option, value) == 1 for option, value in SETTINGS)

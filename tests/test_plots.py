@@ -510,7 +510,7 @@ def test_truncated_bars_say_where_their_axis_starts(runs):
 
 
 def test_every_figure_that_is_drawn_from_runs_can_be(runs):
-    from_files = {"vrpo_variance", "calibration", "log_ratio_vs_reward"}
+    from_files = {"vrpo_variance", "calibration", "log_ratio_vs_reward", "scaling"}
     names = sorted({p.stem for p in FIGURES.glob("*.yaml")} - from_files - {"vrpo_training"})
     assert len(names) == 9
     loaded = load.load_directories([runs])
@@ -567,7 +567,25 @@ def test_no_text_is_cut_off_or_lies_over_other_text(runs, ratios, tmp_path):
     calibration = pd.DataFrame(
         {"p": np.linspace(0, 1, 20), "y": [0, 1] * 10, "method": ["raw", "calibrated"] * 10}
     )
-    tables = {"vrpo_variance": ratios, "log_ratio_vs_reward": wins, "calibration": calibration}
+    growth = pd.DataFrame(
+        {
+            "curve": curve,
+            "side": side,
+            "positions": 500 * x,
+            "grows": 100 * x,
+            "seconds": 0.1 * x,
+            "peak_mib": 10.0 * x,
+        }
+        for curve in ("tokens", "vocabulary", "prompt", "responses")
+        for side in ("padded", "ours")
+        for x in (1, 2, 4)
+    )
+    tables = {
+        "vrpo_variance": ratios,
+        "log_ratio_vs_reward": wins,
+        "calibration": calibration,
+        "scaling": growth,
+    }
     sources = [load.load_directories([p]) for p in (runs, runs / "ipo_seed_0", tmp_path / "many")]
     problems = {}
     with canvas.styled():

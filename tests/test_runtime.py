@@ -16,7 +16,7 @@ FAULTS = """
 import resource, sys, torch
 from engine import runtime
 runtime.configure(1, sys.argv[1])
-for _ in range(8):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
