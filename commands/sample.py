@@ -61,6 +61,12 @@ class Settings:
                 raise UserError(f"sample.{key}={getattr(self, key)}: must be at least {least}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"sample.max_new_tokens={self.max_new_tokens}: must be at least 1, or null")
+        if not self.temperature > 0:
+            raise UserError(
+                f"sample.temperature={self.temperature}: must be > 0; 1 is the reference policy's own law"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sample.top_p={self.top_p}: must be in (0, 1]; 1 keeps every token")
 
 
 def run(run: Run, settings: Settings) -> None:

@@ -189,6 +189,9 @@ def test_chat_rows_are_written_as_messages():
         ({"num_pairs": 0}, "sample.num_pairs=0: must be at least 1"),
         ({"max_new_tokens": 0}, "sample.max_new_tokens=0"),
         ({"check": -1}, "sample.check=-1"),
+        ({"temperature": 0.0}, "sample.temperature=0.0: must be > 0"),
+        ({"temperature": float("nan")}, "sample.temperature=nan"),
+        ({"top_p": 0.0}, "sample.top_p=0.0: must be in"),
     ],
 )
 def test_wrong_settings_are_user_errors(how, message):
