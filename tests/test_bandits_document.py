@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bandits import document
+from bandits import document, run
 from bandits.report import Claim, Report
 from plot_scripts.load import load_directories
 from utils import UserError
@@ -54,3 +54,10 @@ def test_the_plotting_loader_reads_each_cell_and_seed_as_a_run(tmp_path):
 def test_a_claim_without_a_bound_is_refused():
     with pytest.raises(UserError, match="at_least or at_most"):
         Claim("x", "a", "reward")
+
+
+def test_the_document_has_one_block_for_every_experiment():
+    names = [
+        found["name"] for found in document.BLOCK.finditer(document.DOCUMENT.read_text(encoding="utf-8"))
+    ]
+    assert sorted(names) == run.experiments()
