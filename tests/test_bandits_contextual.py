@@ -12,8 +12,6 @@ from bandits.continuous import ContinuousBandit
 from bandits.methods import Arm, RunningMoments, select
 from bandits.policies import sample_categorical
 from bandits.worlds import ContextualBandit, WarmStart, generators
-from losses.pairwise import IPO
-from losses.policy import RewardWeighted
 from utils import UserError
 
 MU = contextual.data_policy()
@@ -193,7 +191,7 @@ def test_the_ipo_fixed_point_is_where_a_long_run_of_the_loss_ends(margin):
     reference = np.roll(mu, 3)
     pick, label = _all_pairs(reward)
     pattern = Pattern(("chosen", "rejected"), len(pick))
-    batch, loss = pattern.batch(scalars={"p_chosen": label}), IPO(beta=1 / (2 * margin))
+    batch, loss = pattern.batch(scalars={"p_chosen": label}), Arm("x", "ipo", margin=margin).loss()
     weight = torch.from_numpy(np.outer(mu, mu).ravel())
     base = torch.from_numpy(np.log(reference))
 
@@ -229,7 +227,8 @@ def test_rounds_of_best_of_n_end_at_the_law_of_the_best_of_n_to_the_power_of_the
 def test_rounds_of_rwr_end_at_the_fixed_point_of_as_many_rounds():
     table, tau = contextual.reward_table(4), 0.2
     pattern = Pattern(("sample",), 100)
-    batch, loss = pattern.batch(scalars={"reward": torch.from_numpy(table)}), RewardWeighted(tau)
+    batch = pattern.batch(scalars={"reward": torch.from_numpy(table)})
+    loss = Arm("x", "rwr", temperature=tau).loss()
     law = MU
     for rounds in (1, 2, 3):
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,9 @@ def test_replicates_neither_share_gradients_nor_randomness():
 def test_sampling_never_draws_an_action_without_mass():
     probs = torch.tensor([[[0.0, 0.5, 0.0, 0.5, 0.0]]])
     assert set(sample_categorical(probs, 5000, rngs(0)).unique().tolist()) == {1, 3}
+    for uniform, action in ((0.0, 1), (0.5, 3), (1 - 2**-53, 3)):  # also at the edges of the cumulative sum
+        edge = SimpleNamespace(random=lambda shape, uniform=uniform: np.full(shape, uniform))
+        assert sample_categorical(probs, 1, [edge]).item() == action
 
 
 def test_imitation_reaches_the_data_policy():
