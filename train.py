@@ -43,12 +43,14 @@ failures: list[BaseException] = []  # of jobs; Hydra would print its own story a
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def task(cfg: DictConfig) -> float | None:
-    """One job: the only one, or one of a multirun, whose other jobs go on if it fails."""
+    """One job: the only one, or one of a multirun, whose other jobs go on if it fails, but not if it was told to stop."""
     setup_logging()  # again: Hydra has reset logging
     try:
         return job(cfg)
     except (Exception, SystemExit) as error:  # main raises one of them again
         failures.append(error)
+        if isinstance(error, SystemExit) and error.code in (130, 143):
+            raise
         if tell(error):
             raise
         return None

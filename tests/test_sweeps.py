@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 import assembly
 import train
@@ -79,6 +80,22 @@ def sweep(tmp_path_factory) -> Path:
 def test_a_job_that_fails_is_named_and_the_others_go_on(sweep):
     done = sorted(str(p.parent.relative_to(sweep)) for p in sweep.rglob("results.json"))
     assert done == [f"loss={loss}/seed={seed}" for loss in ("gr_ipo", "hinge", "ipo") for seed in (0, 1)]
+
+
+def test_a_signal_ends_the_whole_sweep(tmp_path, monkeypatch):
+    started: list[DictConfig] = []
+
+    def stopped(cfg):
+        started.append(cfg)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(train, "job", stopped)
+    monkeypatch.setattr(train, "failures", [])
+    words = ["train.py", "-m", *SMALL, f"run_root={tmp_path}", "seed=0,1", "loss=ipo", "loss.beta=0.5"]
+    monkeypatch.setattr(sys, "argv", words)
+    with logging_restored():
+        assert train.exit_code(train.compose_and_run) == 143
+    assert [cfg.seed for cfg in started] == [0]
 
 
 def test_settings_of_one_method_do_not_stop_the_others(sweep):
