@@ -85,6 +85,12 @@ def renamed(key: str, value: str) -> list[str]:
     """Their value under our key. A neutral value is kept, for it may turn off what a preset has turned on; where the part has
     no such key, ``compose`` passes over it."""
     if value.lower() not in NEUTRAL:
+        if key == "weighting.step_size":
+            log.info(
+                "loss.step_size=%s is taken as weighting.step_size, which is the reference's times its batch size: 8e-6 for "
+                "its 5e-7 at batch 16; weighting.reference=true takes its number",
+                value,
+            )
         return [f"{key}={value}"]
     if key in ("weighting.step_size", "weighting.adj"):
         return [f"{key}=0"]

@@ -179,6 +179,8 @@ def resolve(cfg: DictConfig, typed: Iterable[str] = ()) -> Run:
     typed_keys = set() if methods else {word.lstrip("+").partition("=")[0] for word in typed}
     for group in ("weighting", "stopping"):
         _leave_out_foreign(plain, group, typed_keys)
+    if isinstance(plain.get("loss"), dict):
+        _leave_out_foreign(plain, "loss", typed={f"loss.{key}" for key in plain["loss"]})
     _name_multirun(plain)
     plain.pop("experiment", None)
     problems: list[str] = []
@@ -232,11 +234,11 @@ def _leave_out_foreign(plain: dict[str, Any], group: str, typed: set[str]) -> No
     part = plain.get(group)
     if not isinstance(part, dict):
         return
-    keys = {
-        name: set(yaml.safe_load((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8")))
-        for name in options(group)
-    }
-    mine = keys.get(str(part.get("name")), set())
+    keys: dict[str, set[str]] = {}  # by class: loss=gr_ipo is the class of loss=ipo
+    for name in options(group):
+        own = yaml.safe_load((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8"))
+        keys.setdefault(str(own.get("class")), set()).update(own)
+    mine = keys.get(str(part.get("class")), set())
     others = set().union(*keys.values()) - mine
     for key in [k for k in part if k in others and not (f"{group}.{k}" in typed and part[k])]:
         log.info("%s.%s=%s: not for %s=%s", group, key, part.pop(key), group, part["name"])

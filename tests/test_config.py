@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from dataclasses import dataclass
 
 import pytest
 import yaml
 
+from config import aliases
 from config.build import build
 from config.compose import CONFIG_DIR, compose, options, prepare
 from config.schema import Config, DataConfig
@@ -171,6 +173,16 @@ def test_the_group_robust_repository_s_keys_are_understood():
     assert type(run.stopping).__name__ == "Plateau" and run.stopping.min_lr == 1e-8
 
 
+def test_the_documentation_lists_every_older_key():
+    text = (ROOT / "docs" / "keys.md").read_text("utf-8")
+    words = {
+        re.sub(r"^(loss|model|wandb|stopping)?\.", "", word) for word in re.findall(r"`([^`= ]+)[^`]*`", text)
+    }
+    for theirs, ours in {**aliases.RENAMED, **aliases.RETIRED}.items():
+        assert {theirs, theirs.rpartition(".")[2]} & words, theirs
+        assert theirs in aliases.RETIRED or {ours, ours.rpartition(".")[2]} & words, ours
+
+
 def test_a_neutral_value_of_an_older_key_turns_off_what_a_preset_turned_on():
     robust = ["experiment=group_robust_goqa_gr_ipo", "model.archive=X"]
     assert compose(robust).weighting.adaptive_step_size
@@ -185,6 +197,9 @@ def test_a_neutral_value_of_an_older_key_turns_off_what_a_preset_turned_on():
         "loss.imp_weights=false",
     ):
         assert type(compose([*plain, word]).weighting).__name__ == "Uniform"
+    assert type(compose([*plain, "loss.label_smoothing=0"]).loss).__name__ == "IPO"
+    with pytest.raises(UserError, match="label_smoothing"):
+        compose([*plain, "loss.label_smoothing=0.1"])
     with pytest.raises(UserError, match="step_size"):
         compose([*plain, "loss.step_size=0.1"])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.compose import compose
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("run_sft.sh", "run_multi.sh", "run_multi_robust.sh")
@@ -29,7 +30,8 @@ def calls(place: Path, script: str, *words: str) -> list[list[str]]:
     done = subprocess.run(
         ["sh", f"scripts/{script}", *words], cwd=place, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise UserError(done.stderr)
     written = (place / "calls").read_text().split("--\n")[:-1]
     assert all(call.startswith("-u\ntrain.py\n") for call in written)
     return [call.strip("\n").split("\n")[2:] for call in written]
@@ -78,7 +80,7 @@ def test_the_reference_s_flags_and_hydra_s_overrides_mix(tmp_path):
         "--exp_name",
         "x",
     ]
-    words += ["datasets=[goqa_4,goqa_8]", "~data.goqa", "n_epochs=2", "stopping=none"]
+    words += ["datasets=[goqa_4,goqa_8]", "n_epochs=2", "stopping=none"]
     found = calls(tmp_path, "run_multi_robust.sh", *words)
     runs = [compose(call) for call in found]
     assert [run.config.seed for run in runs] == [3, 5]
@@ -86,3 +88,102 @@ def test_the_reference_s_flags_and_hydra_s_overrides_mix(tmp_path):
     run = runs[1]
     assert run.model.archive == "A B" and run.weighting.step_size == 1e-7 and run.config.n_epochs == 2
     assert run.config.datasets == ["goqa_4", "goqa_8"] and type(run.stopping).__name__ == "NoStopping"
+
+
+def test_the_flags_of_the_reference_s_scripts_all_arrive(tmp_path):
+    words = [
+        "--model",
+        "tiny",
+        "--datasets",
+        "goqa_0,goqa_4",
+        "--step_sizes",
+        "1e-6,2e-6",
+        "--nseeds",
+        "1",
+        "--exp_name=x",
+    ]
+    words += [
+        "--divide_by_totalcount",
+        "False",
+        "--train_frac",
+        "0.4",
+        "--loss",
+        "ripo",
+        "--label_smoothing",
+        "0",
+    ]
+    words += [
+        "--gradient_accumulation_steps",
+        "4",
+        "--batch_size",
+        "8",
+        "--eval_batch_size",
+        "4",
+        "--lr",
+        "1e-3",
+    ]
+    words += [
+        "--scheduler_metric",
+        "accuracy",
+        "--adaptive_step_size",
+        "False",
+        "--sample_during_eval",
+        "False",
+    ]
+    words += [
+        "--eval_only_once",
+        "False",
+        "--optimizer",
+        "Adam",
+        "--trainer",
+        "GroupTrainerEarlyStop",
+        "--min_lr",
+        "1e-6",
+    ]
+    words += ["--model_archive", "A", "--loss_beta", "0.02", "--step_factor", "0.1", "--n_epochs", "2"]
+    words += [
+        "--eval_every",
+        "192",
+        "--eval_train_every",
+        "192",
+        "--use_kfoldsplit",
+        "True",
+        "--patience_factor",
+        "0.2",
+    ]
+    runs = [compose(call) for call in calls(tmp_path, "run_multi_robust.sh", *words)]
+    assert [(r.config.seed, r.weighting.step_size) for r in runs] == [
+        (0, 1e-6),
+        (1, 1e-6),
+        (0, 2e-6),
+        (1, 2e-6),
+    ]
+    assert [run.config.exp_name for run in runs[1:3]] == ["x_step1e-6_seed1", "x_step2e-6_seed0"]
+    run = runs[1]
+    config, weighting, stopping = run.config, run.weighting, run.stopping
+    assert config.datasets == ["goqa_0", "goqa_4"]
+    assert [(d.settings.train_frac, d.settings.kfold) for d in run.datasets] == [(0.4, 1), (0.4, 1)]
+    assert (weighting.normalizer, weighting.adaptive_step_size, weighting.step_factor) == (
+        "in_batch_mean",
+        False,
+        0.1,
+    )
+    assert (stopping.watched_mode(), stopping.min_lr, stopping.watched_patience(192)) == ("max", 1e-6, 2)
+    assert (config.batch_size, config.gradient_accumulation_steps, config.eval_batch_size) == (8, 4, 4)
+    assert (config.lr, config.n_epochs, config.optimizer, config.eval_every) == (1e-3, 2, "Adam", 192)
+    assert config.eval_train_data and not config.eval_only_once and not config.sample_during_eval
+    assert (run.loss.beta, run.model.archive) == (0.02, "A")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--step_sizes", "1,2"], "--exp_name"),
+        (["--seed", "1"], "--seeds"),
+        (["--loss_beta"], "--loss_beta: a value is missing"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path, words, told):
+    with pytest.raises(UserError, match=told):
+        calls(tmp_path, "run_multi_robust.sh", *words)
+    assert not (tmp_path / "calls").exists()
