@@ -231,6 +231,14 @@ def test_a_batch_without_preference_columns_is_plain_too():
     torch.testing.assert_close(call(VarianceReduced(0.3), bare).losses, call(DPO(0.3), case).losses)
 
 
+def test_roles_asked_of_policy_and_reference():
+    every = ("chosen", "rejected", "aux_1", "aux_2")
+    loss, free = VarianceReduced(0.3), VarianceReduced(0.3, reference_free=True)
+    assert loss.needs.policy == loss.needs.reference == free.needs.policy == every
+    assert free.needs.reference == VarianceReducedReward().needs.reference == ()  # none is loaded
+    assert loss.needs.optional_roles == VarianceReducedReward().needs.optional_roles == every[2:]
+
+
 @pytest.mark.parametrize("base", PLAIN)
 def test_own_frozen_preference_changes_nothing_for_dpo_only(base):
     """g = sigmoid(beta h) on every pair: with the logistic link each slope of I2 and I3 is 0, so the gradient is DPO's."""
