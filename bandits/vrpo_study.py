@@ -284,8 +284,8 @@ class VRPOStudy:
                 mine = [row for row in rows if row["lam"] == lam and row["metric"] == metric]
                 x = np.array([pairs.index(row["M"]) for row in mine]) + 0.08 * (2 * i - 1)
                 y, low, high = (np.array([row[k] for row in mine]) for k in ("ratio", "low", "high"))
-                line = figures.look(i)
-                ax.errorbar(x, y, [y - low, high - y], fmt="o-", color=line["color"], label=f"lambda {lam}")
+                label = f"lambda {lam if lam == 'auto' else f'{lam:g}'}"
+                ax.errorbar(x, y, [y - low, high - y], fmt="o-", color=figures.look(i)["color"], label=label)
             ax.axhline(1, color="#888888", linewidth=0.9)
             ax.set_xticks(range(len(pairs)), [str(m) for m in pairs])
             ax.set(
