@@ -51,6 +51,7 @@ def run_training(run: Run) -> Outcome:
     with contextlib.ExitStack() as stack:
         world = parallel.start(config.trainer.parallel, config.device, config.trainer.timeout_s)
         stack.push(world.leave)
+        runtime.set_products(config.precision, world.device)
         session = _Session(run, run_dir, world, stack)
         stack.enter_context(world.watched(session.where))
         config.check_world(world.size)

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from config.compose import Run, recorded
 from data.plan import micro_batches
 from data.schema import Batch, Row
-from engine import models, parallel, preferences, reference, scoring
+from engine import compilation, models, parallel, preferences, reference, runtime, scoring
 from engine.fresh_pairs import FreshPairs, FunctionPreference
 from engine.parallel import World
 from engine.selection import row_losses
@@ -30,6 +30,8 @@ def build_scorer(run: Run, model: torch.nn.Module, output: models.Output | None 
     """``output``: what the model's head gives; None: what the loss needs of the policy."""
     s, output = run.config.scoring, output or run.loss.needs.output
     scorer = scoring.Scorer(model, layout=s.layout, output=output, chunk_tokens=s.chunk_tokens)
+    if run.config.compile:
+        compilation.compile_blocks(model, run.model.block_name)
     if scorer.fallback_reason:
         log.info("scoring.layout=%s is not possible here, using padded: %s", s.layout, scorer.fallback_reason)
     return scorer
@@ -39,12 +41,9 @@ def verify_scorer(run: Run, scorer: scoring.Scorer, rows: Sequence[Row]) -> None
     """Score a first few rows both ways; refuse to go on past the tolerance."""
     if run.config.scoring.verify and rows:
         exact = next(scorer.parameters()).dtype == torch.float64
-        gap = scoring.verify(
-            scorer,
-            Batch.collate(list(rows[:4])),
-            run.loss.needs.policy,
-            1e-9 if exact else run.config.scoring.tolerance,
-        )
+        tolerance = 1e-9 if exact else run.config.scoring.tolerance
+        with runtime.full_float32():
+            gap = scoring.verify(scorer, Batch.collate(list(rows[:4])), run.loss.needs.policy, tolerance)
         log.info(
             "scoring: %s agrees with plain full-logits scoring to %.1e nats per token", scorer.layout, gap
         )
@@ -170,7 +169,7 @@ class RunModels:
         cache = reference.CachedReference(
             config.reference_cache,
             weights=self.reference_weights,
-            kernel=f"{reference.kernel_id(scorer)}/{config.precision}",
+            kernel=f"{reference.kernel_id(scorer)}/{config.precision}" + "/compiled" * config.compile,
             dtype=models.DTYPES[self.spec.reference_dtype],
             device=self.world.device,
             scorer_factory=(lambda: reference.LiveReference(scorer)) if same and not lora else live,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from config.schema import Config
 from data.plan import Plan, micro_batches
 from data.schema import Batch, Row
-from engine import checkpoint, sharded
+from engine import checkpoint, runtime, sharded
 from engine.evaluation import Evaluation, Evaluator
 from engine.faults import crash_point
 from engine.guards import Adviser, NonFiniteGuard, SignalFlag, SpikeGuard
@@ -401,7 +401,8 @@ class Trainer:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 arithmetic over fp32 weights, or nothing."""
+    """bf16 arithmetic over fp32 weights, or nothing. Sets how float32 is multiplied, in the backward pass too."""
+    runtime.set_products(precision, device)
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -155,12 +155,8 @@ def race(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "padding": mean(padding(workload.step(i, vocab)[:rows], micro) for i in range(1, spec["steps"])),
         "matmul_gflops": max(rates) / 1e9,
         "sides": sides,
-        "speed_ratio": median(
-            a["seconds"] / b["seconds"] for a, b in zip(seen[other][1:], seen[ours][1:], strict=True)
-        ),
-        "cpu_ratio": median(
-            a["cpu_seconds"] / b["cpu_seconds"] for a, b in zip(seen[other][1:], seen[ours][1:], strict=True)
-        ),
+        "speed_ratio": sides[other]["seconds_per_step"] / sides[ours]["seconds_per_step"],
+        "cpu_ratio": sides[other]["cpu_seconds_per_step"] / sides[ours]["cpu_seconds_per_step"],
         "memory_ratio": sides[ours]["peak_mib"] / sides[other]["peak_mib"],
     }
 
@@ -172,15 +168,19 @@ def check_losses(where: str, losses: dict[str, float], device: str = "cpu") -> N
 
 
 def summary(steps: list[dict[str, Any]], rows: int, rate: float, loaded: dict[str, Any]) -> dict[str, Any]:
-    """A contestant's steps but for the first, as medians. rate: FLOP/s of matrix products."""
-    seconds = median(s["seconds"] for s in steps[1:])
-    flops = sum(s["flops"] for s in steps[1:])
+    """A contestant's steps but for the first, which warms up, together. rate: FLOP/s of matrix products."""
+    timed = steps[1:]
+    seconds, cpu, positions, flops = (
+        sum(s[key] for s in timed) for key in ("seconds", "cpu_seconds", "positions", "flops")
+    )
     return {
-        "rows_per_second": rows / seconds,
-        "seconds_per_step": seconds,
-        "positions_per_second": median(s["positions"] / s["seconds"] for s in steps[1:]),
-        "useful_fraction": median(s["flops"] / s["seconds"] for s in steps[1:]) / rate,
-        "useful_gflop_per_row": flops / len(steps[1:]) / rows / 1e9,
+        "rows_per_second": rows * len(timed) / seconds,
+        "seconds_per_step": seconds / len(timed),
+        "cpu_seconds_per_step": cpu / len(timed),
+        "step_seconds": [s["seconds"] for s in timed],
+        "positions_per_second": positions / seconds,
+        "useful_fraction": flops / seconds / rate,
+        "useful_gflop_per_row": flops / len(timed) / rows / 1e9,
         "peak_mib": steps[-1]["peak_mib"],
         "fill_seconds": loaded["fill_seconds"],
         "last_loss": steps[-1]["loss"],

@@ -179,7 +179,8 @@ class Config:
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: int | None
     max_grad_norm: float | None
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "tf32", "bf16"]
+    compile: bool
     activation_checkpointing: bool
     assert_sft_step: bool
     reference: Literal["auto", "live", "cached"]

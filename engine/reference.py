@@ -127,7 +127,9 @@ class CachedReference:
             batch_tokens,
         )
         self._padded = kernel.startswith("padded")
-        self._limit = CHECK_TOLERANCE[torch.bfloat16 if "bf16" in kernel.split("/") else dtype]
+        rounding = {"bf16": torch.bfloat16, "tf32": torch.float16}  # as many bits
+        precision = next((rounding[part] for part in kernel.split("/") if part in rounding), dtype)
+        self._limit = CHECK_TOLERANCE[precision]
         self._factory = scorer_factory
         self._value_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._logps: dict[bytes, float] = {}

@@ -1,13 +1,17 @@
-"""Settings of the whole process that decide its speed and not its results."""
+"""Settings of the whole process that decide its speed: threads, memory allocation, TF32."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
+
+from utils import UserError
 
 # names and numbers of glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -42,3 +46,21 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):  # musl
         return False
     return all(libc.mallopt(option, value) == 1 for option, value in SETTINGS)
+
+
+def set_products(precision: str, device: torch.device) -> None:
+    """Float32 matrix products in TF32 (ten bits of mantissa, sums in float32) where ``precision`` is that, else exact."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision=tf32: there is none on {device.type}; use precision=fp32")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 products in float32, whatever was chosen."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)

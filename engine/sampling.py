@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from engine.compilation import uncompiled
 from utils import UserError, stream
 
 
@@ -66,7 +67,7 @@ def generate(
         range(len(prompts)), key=lambda i: (-len(prompts[i]), np.asarray(prompts[i], np.int64).tobytes())
     )
     samples: list[Sample | None] = [None] * len(prompts)
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), _eval_mode(model), uncompiled(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             longest = max(limits[i] for i in chosen)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import run_models
 from config.compose import compose
 from engine import runtime
 from utils import UserError
@@ -49,3 +51,32 @@ def test_the_environments_own_choice_stands(monkeypatch):
 def test_an_unknown_allocator_is_named():
     with pytest.raises(UserError, match="allocator"):
         compose(["allocator=jemalloc"])
+
+
+def test_tf32_is_for_cuda_and_does_not_outlive_its_run():
+    with pytest.raises(UserError, match="precision=tf32: there is none on cpu"):
+        runtime.set_products("tf32", torch.device("cpu"))
+    try:
+        runtime.set_products("tf32", torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "high"
+        with runtime.full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+        runtime.set_products("fp32", torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_config_reaches_the_blocks(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **kwargs: compiled.append((module, kwargs))
+    )
+    for flag, count in (("false", 0), ("true", 1)):
+        run = compose(["model=tiny-llama", f"compile={flag}"])
+        model = run_models.models.build_reference(run.model, device="cpu")
+        run_models.build_scorer(run, model)
+        assert len(compiled) == count * (len(model.model.layers) - 1)
+    assert [module for module, _ in compiled] == list(model.model.layers)[:-1]
+    assert all(kwargs == {"dynamic": True} for _, kwargs in compiled)
