@@ -140,6 +140,24 @@ def test_log_ratios_start_at_zero_and_the_margin_is_their_difference():
     assert (curves.last("log_ratio/margin") > 1).all()
 
 
+def test_the_loss_of_a_step_is_the_mean_over_the_replicate_s_own_pairs():
+    world = ContextualBandit(5, [0, 1], WarmStart(3), num_eval=2)
+    prompts = world.draw_prompts(3)
+    start = world.warm_start(prompts)
+    data = draw(world, start, prompts, 4, first=True)
+    arm = Arm("x", "ipo", margin=2.0, threshold=0.3)
+    chosen = select(arm, data.rewards, data.old, RunningMoments())
+    counts = chosen.replicate.bincount().tolist()
+    assert counts[0] != counts[1] and min(counts) > 1
+    found = step_loss(world, trainable(start), data, chosen, arm.loss())
+    h = (world.token_logps(start, prompts, data.actions) - data.reference).squeeze(-1)  # (R, S, N)
+    for r, expected in enumerate(found.tolist()):
+        pairs = [(s, i, j) for s in range(3) for i in range(4) for j in range(4)]
+        kept = [p for p in pairs if data.rewards[r, p[0], p[1]] - data.rewards[r, p[0], p[2]] >= 0.3]
+        losses = [float((h[r, s, i] - h[r, s, j] - 2.0) ** 2) for s, i, j in kept]
+        assert len(losses) == counts[r] and expected == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 def test_gradient_clipping_acts_per_replicate():
     params = {"a": torch.zeros(2, 3, requires_grad=True), "b": torch.zeros(2, 2, 2, requires_grad=True)}
     params["a"].grad = torch.tensor([[3.0, 0, 0], [0.3, 0, 0]])

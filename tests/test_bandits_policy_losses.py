@@ -139,6 +139,14 @@ def test_best_of_n_with_negatives_equals_its_formula(push, guard):
         assert float(found[i]) == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_complement_pushes_a_near_certain_response_and_is_bounded_at_one():
+    others = torch.tensor([[0.99, 0.5, 0.5]] * 4, dtype=torch.float64).log()
+    loss = BestOfNNegative(1.0, "complement")
+    assert float(negative(loss, others=others)[0] + BEST[0]) == pytest.approx(-np.log(0.01 * 0.5 * 0.5))
+    bounded = negative(loss, others=torch.zeros(4, 3, dtype=torch.float64))
+    assert float(bounded[0] + BEST[0]) == pytest.approx(3 * 6 * np.log(10), rel=1e-5)
+
+
 @pytest.mark.parametrize("push", ["sum", "average", "complement"])
 def test_the_constrained_variants_have_the_gradient_of_the_plain_ones(push):
     gradients = []
