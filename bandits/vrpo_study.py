@@ -165,6 +165,10 @@ class VRPOStudy:
         kinds = dict.fromkeys(e.preference for e in self.estimators if e.preference != "none")
         return {kind: [e for e in self.estimators if e.preference == kind] for kind in kinds}
 
+    def _intervals(self) -> str:
+        """What points and whiskers are."""
+        return f"mean and 95 % interval, n = {self.replicates} data sets"
+
     def _plain(self) -> Estimator | None:
         return next((e for e in self.estimators if e.preference == "none"), None)
 
@@ -199,7 +203,7 @@ class VRPOStudy:
             ax.set_xticks(range(len(pairs)), [str(m) if m else "inf" for m in pairs])
             ax.set(xlabel="auxiliary pairs per labelled pair, M", ylabel=name)
         axes[0, 0].set_yscale("log")
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, self._intervals())
         return figure
 
     def _sources(self, report: Report):
@@ -216,11 +220,8 @@ class VRPOStudy:
             x, values.mean(1), figures.half_width(values), fmt="o", color="#333333", label="simulated"
         )
         ax.set_xticks(x, [e.label for e in members], rotation=60, ha="right", rotation_mode="anchor")
-        ax.set(
-            ylabel="n x MSE of theta",
-            ylim=(0, min(3 * bottom[0], 1.15 * max(bottom.max(), values.mean(1).max()))),
-        )
-        figures.legend_above(figure, axes)
+        ax.set(ylabel="n x MSE of theta", ylim=(0, 1.05 * max(bottom.max(), values.mean(1).max())))
+        figures.legend_above(figure, axes, self._intervals())
         return figure
 
     def _lam(self, report: Report):
@@ -245,7 +246,7 @@ class VRPOStudy:
         ax.set(
             xlabel="control-variate weight lambda", ylabel="n x MSE of theta (lines: exact)", ylim=(0, None)
         )
-        ax.legend()
+        figures.legend_above(figure, axes, self._intervals())
         return figure
 
     def ratios(self, report: Report) -> list[dict]:
@@ -293,7 +294,7 @@ class VRPOStudy:
                 ylabel=f"{name}\nover the plain loss's",
                 ylim=(0, None),
             )
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, f"95 % bootstrap intervals, n = {self.replicates} data sets")
         return figure
 
     def _bias(self, report: Report):
@@ -315,8 +316,9 @@ class VRPOStudy:
             ax.plot(x, limits, "x", markersize=7, color=figures.COLOURS[1], label="exact limit")
             ax.axhline(0, color="#888888", linewidth=0.6)
             ax.set_xticks(x, labels, rotation=50, ha="right", rotation_mode="anchor")
+            ax.margins(x=0.12)
             ax.set(ylabel=f"bias of theta_{f}")
-        figures.legend_above(figure, axes)
+        figures.legend_above(figure, axes, self._intervals())
         return figure
 
     def _bars(self, report: Report):
@@ -329,4 +331,5 @@ class VRPOStudy:
             figures.bars(ax, labels, {"": np.stack([report.cells[label, metric] for label in labels])})
             ax.set(ylabel=name)
             ax.tick_params(axis="x", rotation=50)
+        figure.suptitle(self._intervals(), fontsize=7)
         return figure

@@ -190,6 +190,16 @@ def test_the_true_parameters_make_no_reward_error_and_kl_is_that_of_the_softmax(
     )
 
 
+def test_worst_and_mean_are_over_the_groups(data):
+    curves = closed(data, iterations=1)
+    losses, test = group_losses(curves.theta, data[1]), data[2].of_policy(curves.theta)
+    for name, values in {"val_loss": losses, "reward_error": test["reward_error"], "kl": test["kl"]}.items():
+        assert (values[:, 0] - values[:, 1]).abs().min() > 1e-3
+        worst, mean = (curves.metrics[f"{name}/{x}_group"][-1] for x in ("worst", "mean"))
+        assert worst.tolist() == pytest.approx([max(row) for row in values.tolist()])
+        assert mean.tolist() == pytest.approx([sum(row) / 2 for row in values.tolist()])
+
+
 def test_uniform_weights_are_the_shares_of_the_data(data):
     assert group_shares(GroupArm("x", "dpo", 1.0).weights((60, 240), 2)).tolist() == [[0.2, 0.8]] * 2
     assert group_shares(GroupArm("x", "dpo", 1.0, "robust").weights((60, 240), 1)).numpy() == pytest.approx(

@@ -54,6 +54,13 @@ def test_negatives_are_the_other_samples_and_ties_are_not_worse():
     assert worst.pick.tolist() == [[1, 0], [3, 5], [6, 7], [10, 9]]
 
 
+def test_ppo_is_given_the_log_probs_of_the_sampling_policy():
+    old = torch.arange(24.0).view(2, 2, 3, 2)
+    chosen = select(Arm("x", "ppo"), REWARDS, old, RunningMoments())
+    assert chosen.batch.token_scalars["old_logps"].tolist() == old.flatten().tolist()
+    assert chosen.batch.scalars["old_logps"].tolist() == old.sum(-1).flatten().tolist()
+
+
 @pytest.mark.parametrize("kind", ["prompt_mean", "prompt_std", "leave_one_out", "batch_mean"])
 def test_advantages_have_mean_zero_where_they_should(kind):
     found = advantages(REWARDS, kind, False, RunningMoments())

@@ -22,6 +22,27 @@ def test_the_margins_spread_is_their_variance_over_the_replicates():
     assert spread.shape == (50,) and spread.min() > 0
 
 
+def test_regret_value_and_excess_risk_equal_sums_over_arms_and_pairs():
+    bed, theta, beta = tabular.five_prompts(), np.array([0.5, -1.0, 2.0]), 0.7
+    best = tabular.population(bed)
+    regret, value, risks = 0.0, 0.0, {"theta": 0.0, "best": 0.0}
+    for x in range(5):
+        scores = bed.features[x] @ theta
+        regret += (bed.reward[x].max() - bed.reward[x][scores.argmax()]) / 5
+        odds = bed.sampler[x] * np.exp(scores / beta)
+        value += odds @ bed.reward[x] / odds.sum() / 5
+        for i in range(10):
+            for j in range(10):
+                weight = bed.sampler[x, i] * bed.sampler[x, j] / 5
+                for name, parameters in (("theta", theta), ("best", best)):
+                    p = 1 / (1 + np.exp(-(bed.features[x, i] - bed.features[x, j]) @ parameters))
+                    g = bed.preference[x, i, j]
+                    risks[name] -= weight * (g * np.log(p) + (1 - g) * np.log(1 - p))
+    found = tabular.policy_values(bed, theta[None], beta)
+    assert (found[0][0], found[1][0]) == pytest.approx((regret, value)) and regret > 0.01
+    assert tabular.excess_risk(bed, theta[None])[0] == pytest.approx(risks["theta"] - risks["best"])
+
+
 def test_lambda_auto_is_m_over_m_plus_one():
     weights = [Estimator("e", "right", pairs=m, lam="auto").weight for m in (1, 4, None)]
     assert weights == [0.5, 0.8, 1.0] and Estimator("e", "right", pairs=3, lam=0.25).weight == 0.25

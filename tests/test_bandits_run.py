@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats
 
-from bandits import run
+from bandits import figures, run
+from bandits.online import Curves
 from bandits.report import Claim, Report
 from engine.stats import Interval
 from utils import UserError
@@ -161,6 +164,27 @@ def test_a_small_vrpo_run(tmp_path, base):
 def test_mistakes_end_with_code_2_and_one_message(argv, message, tmp_path, capsys):
     assert run.main([*argv, f"run_root={tmp_path}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_bands_and_whiskers_are_95_percent_t_intervals_of_the_mean():
+    values = np.random.default_rng(0).normal(size=(3, 7))
+    low, high = stats.t.interval(0.95, 6, loc=values.mean(1), scale=stats.sem(values, axis=1))
+    assert figures.half_width(values) == pytest.approx((high - low) / 2)
+
+
+def test_a_tuned_arm_takes_the_learning_rate_that_ends_highest_on_other_seeds(monkeypatch):
+    study = run.study(run.settings(["+experiment=onpolicy_c1"])[1])
+    seen = []
+
+    def train(self, arm, reward, seeds, eval_every):
+        seen.append(list(seeds))
+        ends = {0.0003: 0.2, 0.001: 0.5, 0.003: 0.4, 0.01: 0.1}
+        return Curves([0], [0], {"reward": torch.full((1, len(seeds)), ends[arm.lr])})
+
+    monkeypatch.setattr(type(study), "train", train)
+    assert study.tuned(study.arms[0], 4).lr == 0.001 and len(seen) == 4
+    reported = set(range(study.seed, study.seed + study.num_seeds))
+    assert all(len(seeds) == study.tuning_seeds and not reported & set(seeds) for seeds in seen)
 
 
 def test_verdicts_follow_the_whole_interval():
