@@ -174,7 +174,7 @@ def test_eager_attention_stays_eager():
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("window, tokens", [(9, 9 * 9), (12, None)])
+@pytest.mark.parametrize("window, tokens", [(9, 9 * 9), (10, None), (12, None)])
 def test_a_sliding_window_shorter_than_a_path_runs_padded(window, tokens):
     model = make_model("mistral", sliding_window=window)
     scorer = Scorer(model)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from engine import attention, head, layouts
 from engine.scoring import Scorer, verify
@@ -68,6 +69,26 @@ def test_tiles_of_the_head_change_nothing(layout, chunk_tokens, kept_tokens, mon
     monkeypatch.setattr(head, "MIN_KEPT_TOKENS", 1)
     keep = kept_tokens * 61 * 8
     check("llama", Scorer(expected("llama")[0], layout=layout, chunk_tokens=chunk_tokens, keep_bytes=keep))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma"])
+def test_flex_attention_with_its_block_mask_changes_nothing(kind, monkeypatch):
+    """On CUDA it is compiled; here it runs as it is written, with the same mask, and forward only (torch has no more)."""
+    calls = []
+
+    def flex(*args, **kwargs):
+        calls.append(kwargs["block_mask"])
+        return flex_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention, "FLEX_BLOCK", 16)  # the row has more tiles than one
+    scorer = Scorer(expected(kind)[0])
+    monkeypatch.setattr(scorer, "_flex", True)
+    with torch.no_grad():
+        scored = scorer(ragged_batch(), ROLES, tokens=True)
+    assert (scored.token_logps - torch.cat(expected(kind)[1])).abs().max() < 1e-10
+    assert len(calls) == 2 and calls[0].kv_num_blocks.shape[-1] > 1
 
 
 @pytest.mark.parametrize("limit", [1, 4, 1000])
