@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import trainers
+from data.schema import Batch
 from losses.pairwise import DPO, IPO
 from losses.sft import SFT
 from tests.trainer_tools import make_rows, make_trainer, parameters
@@ -46,6 +48,35 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, name):
         assert (parameters(other) - parameters(whole)).abs().max() < 1e-12, cut
         for key, value in whole.weighting.metrics().items():
             assert other.weighting.metrics()[key] == pytest.approx(value, abs=1e-12), (cut, key)
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_weights_and_soft_labels_of_examples_enter_the_group_losses(tmp_path, cut):
+    """The first update of alpha, worked out from the rows: h = 0 would hide the labels, so policy and reference differ."""
+    eta, eps, beta = 0.5, 0.1, 0.7
+    trainer = make_trainer(
+        tmp_path, DPO(beta=beta, label_smoothing=eps), weighting=GroupRobust(step_size=eta),
+        gradient_accumulation_steps=cut,
+    )  # fmt: skip
+    rows = [trainer.parts.rows[i] for i in trainer.parts.plan.step_rows(0)]
+    batch = Batch.collate(rows)
+    with torch.no_grad():
+        scored = [
+            scorer(batch, ("chosen", "rejected")) for scorer in (trainer.policy, trainer.reference.scorer)
+        ]
+    ratios = (scored[0].logps - scored[1].logps).numpy()
+    h = ratios[scored[0].index("chosen")] - ratios[scored[0].index("rejected")]
+    assert np.median(np.abs(h)) > 0.1
+    estimates = np.zeros(3)
+    for row, margin in zip(rows, beta * h, strict=True):
+        p = (1 - 2 * eps) * row.scalars["p_chosen"] + eps
+        loss = p * np.log1p(np.exp(-margin)) + (1 - p) * np.log1p(np.exp(margin))
+        estimates[row.group] += row.weight * loss / trainer.parts.plan.group_probs[row.group] / len(rows)
+    expected = np.exp(eta * estimates) / np.exp(eta * estimates).sum()
+    trainer.step()
+    assert trainer.weighting.alpha == pytest.approx(
+        expected, abs=1e-7
+    )  # batches hold weights and labels in float32
 
 
 def test_token_units_count_the_tokens_of_the_whole_step(tmp_path):
