@@ -203,6 +203,7 @@ class VRPOStudy:
             ax.set_xticks(range(len(pairs)), [str(m) if m else "inf" for m in pairs])
             ax.set(xlabel="auxiliary pairs per labelled pair, M", ylabel=name)
         axes[0, 0].set_yscale("log")
+        axes[0, 1].set_ylim(bottom=0)
         figures.legend_above(figure, axes, self._intervals())
         return figure
 
@@ -216,11 +217,10 @@ class VRPOStudy:
             ax.bar(x, height, 0.7, bottom, label=source, color=figures.COLOURS[i])
             bottom += height
         values = np.stack([report.cells[e.label, "n_mse"] for e in members])
-        ax.errorbar(
-            x, values.mean(1), figures.half_width(values), fmt="o", color="#333333", label="simulated"
-        )
+        mean, half = values.mean(1), figures.half_width(values)
+        ax.errorbar(x, mean, half, fmt="o", color="#333333", label="simulated")
         ax.set_xticks(x, [e.label for e in members], rotation=60, ha="right", rotation_mode="anchor")
-        ax.set(ylabel="n x MSE of theta", ylim=(0, 1.05 * max(bottom.max(), values.mean(1).max())))
+        ax.set(ylabel="n x MSE of theta", ylim=(0, 1.05 * max(bottom.max(), (mean + half).max())))
         figures.legend_above(figure, axes, self._intervals())
         return figure
 
