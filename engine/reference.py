@@ -166,11 +166,10 @@ class CachedReference:
         self._add(found)
         if found and world.is_main:
             self._write(found)
-        if parts:
-            seconds = time.perf_counter() - start
-            log.info(
-                "reference log-probs: %d computed in %.1f s, %d were cached", len(found), seconds, num_cached
-            )
+        seconds = time.perf_counter() - start
+        log.info(
+            "reference log-probs: %d computed in %.2f s, %d were cached", len(found), seconds, num_cached
+        )
         if check and rows:
             self._check(scorer, rows, roles, check, tolerance)
 
