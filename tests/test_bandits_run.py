@@ -76,7 +76,16 @@ def test_a_small_on_policy_run_leaves_records_tables_and_figures(tmp_path):
     assert evals[0]["split"] == "eval" and evals[0]["step"] == 0 and 0 < evals[0]["eval/reward"] < 1
     assert {r["examples"] for r in evals} == {6, 12}
     assert rows(folder / "claims.csv")[0]["verdict"] == "agrees"
-    names = {row["metric"] for row in rows(folder / "summary.csv")}
+    summary = rows(folder / "summary.csv")
+    for row in summary:
+        if row["metric"] == "log_ratio/chosen_drop":  # how far each seed's chosen ends below its own peak
+            paths = [
+                [r["eval/log_ratio/chosen"] for r in evals if (r["cell"], r["seed"]) == (row["cell"], s)]
+                for s in (0, 1)
+            ]
+            assert float(row["mean"]) == pytest.approx(np.mean([max(path) - path[-1] for path in paths]))
+            assert all(len(path) == 3 for path in paths)
+    names = {row["metric"] for row in summary}
     assert {
         "reward",
         "kl_policy_reference",
