@@ -15,7 +15,8 @@ hidden)
     groups="data.opinions.group_in_prompt=false data.opinions.group_sizes=[0.6,0.25,0.1,0.05]"
     sh scripts/setup.sh
     .venv/bin/python -m commands.tradeoff loss=ipo loss.beta=0.5 $groups
-    set -- $groups data.opinions.num_train=8000 data.opinions.num_validation=0 data.opinions.num_test=4000 n_epochs=3 "$@"
+    set -- $groups data.opinions.num_train=8000 data.opinions.num_validation=0 data.opinions.num_test=4000 n_epochs=3 \
+        eval_every=4000 "$@"
     ;;
 esac
 exec sh scripts/compare.sh "exp_name=$name" seed=0,1,2,3,4,5,6,7,8,9 wandb.enabled=false \
