@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -345,6 +347,37 @@ def test_the_tradeoff_is_printed_and_needs_data_with_a_known_law(capsys):
     words = ["loss=ipo", "loss.beta=0.5", "assert_sft_step=false", "datasets=[opinions]"]
     tradeoff.report(compose([*words, "data.opinions.group_in_prompt=false"]), tradeoff.Settings())
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0][:2] == ["loss", "north"] and rows[3][0] == "group_robust" and float(rows[3][6]) < 0.97
+    assert (
+        rows[0][:2] == ["loss", "north"]
+        and rows[3][:2] == ["group_robust,", "exact"]
+        and float(rows[3][7]) < 0.97
+    )
     with pytest.raises(UserError, match="goqa"):
         tradeoff.report(compose([*words[:3], "datasets=[goqa]"]), tradeoff.Settings())
+
+
+def test_the_tradeoff_sets_runs_beside_the_optima_paired_over_seeds(tmp_path, capsys):
+    """Two groups with shares 3/4 and 1/4, three seeds; differences 0.1, 0.2, 0.3 in the first group."""
+    for name, shift in (("uniform", 0.0), ("group_robust", 0.1)):
+        for seed in range(3):
+            folder = tmp_path / name / str(seed)
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text(f"seed: {seed}\nweighting: {{name: {name}}}\n")
+            metrics = {"loss/group_north": 1 + seed + shift * (seed + 1), "loss/group_south": 0.5}
+            metrics |= {f"rewards/accuracies/group_{group}": 0.5 for group in GROUPS[:2]}
+            metrics = {f"test/{key}": value for key, value in metrics.items()}
+            (folder / "results.json").write_text(json.dumps({"splits": {"test": {"metrics": metrics}}}))
+    words = ["loss=ipo", "loss.beta=0.5", "assert_sft_step=false", "datasets=[opinions]"]
+    run = compose([*words, "data.opinions.group_in_prompt=false", "data.opinions.group_sizes=[0.75,0.25]"])
+    tradeoff.report(run, tradeoff.Settings(runs=str(tmp_path)))
+    printed = next(
+        x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("group_robust - uniform")
+    )
+    numbers = re.findall(r"(-?[\d.]+) ± ([\d.]+)", printed)  # north, south, worst, mean, by share
+    half = 4.302653 * 0.1 / math.sqrt(3)  # t with two degrees of freedom
+    expected = [(0.2, half), (0, 0), (0.2, half), (0.1, half / 2), (0.15, 0.75 * half)]
+    assert np.array(numbers, dtype=float) == pytest.approx(np.array(expected), abs=6e-4)
+    with pytest.raises(UserError, match="group_coast"):
+        tradeoff.report(compose(words), tradeoff.Settings(runs=str(tmp_path)))
+    with pytest.raises(UserError, match="no finished run"):
+        tradeoff.report(run, tradeoff.Settings(runs=str(tmp_path / "uniform" / "0" / "nowhere")))

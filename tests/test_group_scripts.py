@@ -12,13 +12,13 @@ from config.compose import compose
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("run_sft.sh", "run_multi.sh", "run_multi_robust.sh")
+SCRIPTS = ("run_sft.sh", "run_multi.sh", "run_multi_robust.sh", "robust_opinions.sh")
 
 
 def calls(place: Path, script: str, *words: str) -> list[list[str]]:
-    """The words of each call of train.py, in a checkout whose Python writes them down."""
+    """The words of each call of Python after the first two (-u train.py), in a checkout whose Python writes them down."""
     (place / "scripts").mkdir()
-    for name in (*SCRIPTS, "seeds.sh"):
+    for name in (*SCRIPTS, "seeds.sh", "compare.sh"):
         shutil.copy(ROOT / "scripts" / name, place / "scripts" / name)
     (place / "scripts" / "setup.sh").write_text("exit 0\n")
     python = place / ".venv" / "bin" / "python"
@@ -33,7 +33,6 @@ def calls(place: Path, script: str, *words: str) -> list[list[str]]:
     if done.returncode:
         raise UserError(done.stderr)
     written = (place / "calls").read_text().split("--\n")[:-1]
-    assert all(call.startswith("-u\ntrain.py\n") for call in written)
     return [call.strip("\n").split("\n")[2:] for call in written]
 
 
@@ -187,3 +186,20 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, words, told):
     with pytest.raises(UserError, match=told):
         calls(tmp_path, "run_multi_robust.sh", *words)
     assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("way", ["shown", "hidden"])
+def test_the_comparison_of_weightings_passes_its_data_to_every_step(tmp_path, way):
+    train, _, figure, *exact = calls(tmp_path, "robust_opinions.sh", way, "run_root=R", "lr=0.1")
+    names = {"shown": "robust_opinions", "hidden": "robust_opinions_hidden"}
+    assert figure == [f"runs=R/{names[way]}", f"out=R/{names[way]}/figures"]
+    words = [word for word in train if word.partition("=")[0] not in ("-m", "experiment", "seed")]
+    run = compose(["experiment=group_robust_opinions_gr_ipo", *words])
+    assert (run.config.lr, run.config.exp_name) == (0.1, names[way])
+    assert run.datasets[0].settings.group_in_prompt == (way == "shown")
+    if way == "hidden":
+        (words,) = exact
+        assert words[-1] == "tradeoff.runs=R/robust_opinions_hidden"
+        told = compose([*words[:-1], "assert_sft_step=false", "datasets=[opinions]"]).datasets[0].settings
+        assert told.group_sizes == run.datasets[0].settings.group_sizes == [0.6, 0.25, 0.1, 0.05]
+        assert not told.group_in_prompt
