@@ -3,7 +3,7 @@
     python -m benchmarks.scaling FOLDER                          # everything
     python -m benchmarks.scaling FOLDER --curves tokens prompt   # these again, the other rows of the table stay
 
-tokens      seconds against the positions of a step: 1 to 12 HH-like pairs in one forward pass
+tokens      seconds against the positions of a step: 1 to 8 HH-like pairs in one forward pass
 vocabulary  peak memory against the vocabulary, 2 HH-like pairs
 prompt      seconds against the length of the prompt, 2 pairs with responses of 128 tokens
 responses   seconds against the responses of a prompt, 2 prompts of 128 tokens with responses of 64
@@ -33,7 +33,7 @@ from plot_scripts.draw import draw_figure, read_figure
 SIDES = ("padded", "ours")
 VOCABULARIES = (1_024, 8_192, 32_768, 131_072)
 CURVES: dict[str, list[dict[str, Any]]] = {
-    "tokens": [{"workload": "hh", "rows": n, "grows": n} for n in (1, 2, 4, 8, 12)],
+    "tokens": [{"workload": "hh", "rows": n, "grows": n} for n in (1, 2, 4, 8)],
     "vocabulary": [{"workload": "hh", "rows": 2, "vocab": v, "grows": v} for v in VOCABULARIES],
     "prompt": [{"workload": f"{p}x128x2", "rows": 2, "grows": p} for p in (32, 128, 512, 1024)],
     "responses": [{"workload": f"128x64x{k}", "rows": 2, "grows": k} for k in (2, 4, 8, 16)],
