@@ -132,7 +132,7 @@ def test_the_gpu_script_says_what_is_wrong_and_what_it_left_out(tmp_path, monkey
 
 
 def test_the_table_of_growth_keeps_the_other_curves(tmp_path):
-    path = tmp_path / "scaling.csv"
+    path = tmp_path / "curves.csv"
     point = {"side": "ours", "model": "m", "grows": 1, "positions": 10, "seconds": 1.0, "peak_mib": 2.0}
     scaling.update(path, iter([{"curve": c, **point} for c in scaling.CURVES]), list(scaling.CURVES))
     scaling.update(path, iter([{"curve": "prompt", **point, "seconds": 3.0}]), ["prompt"])
