@@ -59,6 +59,7 @@ class Process:
         self._timer.cancel()
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
