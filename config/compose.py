@@ -238,7 +238,9 @@ def _leave_out_foreign(plain: dict[str, Any], group: str, typed: set[str]) -> No
     for name in options(group):
         own = yaml.safe_load((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8"))
         keys.setdefault(str(own.get("class")), set()).update(own)
-    mine = keys.get(str(part.get("class")), set())
+    mine = keys.get(str(part.get("class")))
+    if mine is None:  # refused by its name later, or somebody's own class: its keys are not ours to judge
+        return
     others = set().union(*keys.values()) - mine
     for key in [k for k in part if k in others and not (f"{group}.{k}" in typed and part[k])]:
         log.info("%s.%s=%s: not for %s=%s", group, key, part.pop(key), group, part["name"])

@@ -226,12 +226,9 @@ def test_labelled_responses_of_another_law_are_noticed(drawn, caplog):
     scorer = run_models.build_scorer(run, models.build_reference(run.model, device="cpu"))
     labelled = jsonl.read(drawn / "out" / "train.jsonl")
     with caplog.at_level(logging.WARNING, "robust_pref"):
-        logger = logging.getLogger("robust_pref")
-        logger.propagate, before = True, logger.propagate
         sample.check_laws(
             run, Settings(out=str(drawn / "out")), "train", scorer, models.load_tokenizer(run.model)
         )
-        logger.propagate = before
     assert "differ in tokens and log pi_ref" in caplog.text and "loss.sft_on=all" in caplog.text
     # the second auxiliary pair in place of the labelled one: one law
     same = [

@@ -154,7 +154,6 @@ def test_a_damaged_file_is_told_in_one_line_and_made_again(tokenizer, tmp_path, 
     content[len(content) // 2] ^= 1
     path.write_bytes({"flip": content, "cut": content[:-9], "empty": b""}[damage])
     with caplog.at_level(logging.WARNING, logger="robust_pref"):
-        logging.getLogger("robust_pref").propagate = True
         assert_equal(rows_of(tokenizer, cache), expected)
     (warning,) = [r.getMessage() for r in caplog.records if "token_cache" in r.getMessage()]
     assert str(path) in warning and "damaged" in warning
@@ -165,7 +164,6 @@ def test_a_damaged_file_is_told_in_one_line_and_made_again(tokenizer, tmp_path, 
 def test_a_folder_that_cannot_be_written_costs_a_warning_and_no_run(tokenizer, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, logger="robust_pref"):
-        logging.getLogger("robust_pref").propagate = True
         rows = rows_of(tokenizer, TokenCache(tmp_path / "file" / "tokens"))
     assert_equal(rows, rows_of(tokenizer, None))
     assert any("cannot be written" in r.getMessage() for r in caplog.records)
