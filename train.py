@@ -99,7 +99,12 @@ def main() -> None:
 
 def compose_and_run() -> None:
     sys.argv[1:] = prepare(sys.argv[1:])
-    task()
+    try:
+        task()
+    except ValueError as error:
+        if failures or isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot compose the configuration: {error}") from error  # no job has begun
     if failures:
         raise failures[0]
 

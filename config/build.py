@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union
 
 from utils import UserError, did_you_mean
@@ -14,17 +14,18 @@ from utils import UserError, did_you_mean
 MISSING = "???"  # OmegaConf's mark for a value the user has to give
 
 
-def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """An instance of the dataclass ``cls`` from ``values``.
+def build(cls: type, values: Mapping[str, Any], prefix: str, beside: Iterable[str] = ()) -> Any:
+    """An instance of the dataclass ``cls`` from ``values``. ``beside``: keys that are not its fields and may be meant.
 
     Raises UserError for an unknown key ("did you mean"), a missing one, or a value of the wrong type; all of them
     in one message.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    known = [*fields, *beside]
     arguments: dict[str, Any] = {}
     problems = [
-        f"unknown key {prefix}{key}{did_you_mean(str(key), fields)}; {_listing(prefix, fields)}"
+        f"unknown key {prefix}{key}{did_you_mean(str(key), known)}; {_listing(prefix, known)}"
         for key in values
         if key not in fields
     ]
@@ -43,7 +44,7 @@ def build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     return cls(**arguments)
 
 
-def _listing(prefix: str, names: Mapping[str, Any]) -> str:
+def _listing(prefix: str, names: Iterable[str]) -> str:
     where = prefix.rstrip(".") or "the top level"
     return f"keys of {where}: {', '.join(names) or 'none'}"
 
@@ -117,7 +118,7 @@ def _convert_scalar(hint: type, value: Any, key: str) -> Any:
 
 def load_class(path: str, packages: tuple[str, ...], key: str) -> type:
     """The dataclass at ``path``, which must lie in one of ``packages``: a config file cannot name arbitrary code."""
-    module_name, _, name = path.rpartition(".")
+    module_name, _, name = convert(str, path, key).rpartition(".")
     if not any(module_name == p or module_name.startswith(p + ".") for p in packages):
         raise UserError(f"{key}={path}: must be a class of {' or '.join(packages)}")
     try:

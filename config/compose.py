@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from config.aliases import split_flags, translate
-from config.build import MISSING, build, load_class
+from config.build import MISSING, build, convert, load_class
 from config.schema import Config, DataConfig
 from utils import UserError, content_hash, did_you_mean, log
 
@@ -97,19 +98,26 @@ def prepare(argv: list[str]) -> list[str]:
             continue  # the last word on a key counts, as for scripts that put their defaults before "$@"
         if override.is_sweep_override():
             swept.append(key)
-        if key in GROUPS and not key.startswith("hydra"):
+        if key in GROUPS:
             for value in _choices(override):
-                if value is not None and value not in options(key):
+                if value not in options(key) and (key, value) != ("experiment", "null"):
                     raise UserError(
                         f"{key}={value}: there is no config/{key}/{value}.yaml{did_you_mean(str(value), options(key))}; "
                         f"known: {', '.join(options(key))}"
                     )
             words.append(override.input_line.lstrip("+"))
+        elif key == "hydra":
+            raise UserError(f"hydra={override.get_value_element_as_str()}: set a key of it, hydra.KEY=VALUE")
         elif override.is_delete() or key.startswith("hydra"):
             if key == "hydra/launcher":
                 _need_launcher(str(override.value()))
             words.append(override.input_line)
+        elif isinstance(override.value(), Glob):
+            raise UserError(
+                f"{override.input_line}: glob() goes through the files of a group ({', '.join(GROUPS)}); write the values, a,b"
+            )
         else:
+            _not_inside_a_list(key)
             words.append("++" + override.input_line.lstrip("+"))
     if swept and not {"-m", "--multirun"} & set(flags):
         raise UserError(f"{swept[0]}: several values make a sweep; add -m, or put a list in brackets, [a,b]")
@@ -134,11 +142,23 @@ def _quoted(word: str) -> str:
     return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"[]{}(),\\") else word
 
 
-def _choices(override: Any) -> list[Any]:
+def _not_inside_a_list(key: str) -> None:
+    """Hydra's answer would be about int() and name no key."""
+    node = yaml.safe_load((CONFIG_DIR / "config.yaml").read_text("utf-8"))
+    words = key.split(".")
+    for i, word in enumerate(words):
+        if isinstance(node, list):
+            name = ".".join(words[:i])
+            raise UserError(f"{key}: {name} is a list; give all of it, {name}=[a,b]")
+        node = node.get(word) if isinstance(node, dict) else None
+
+
+def _choices(override: Any) -> list[str]:
+    if isinstance(override.value(), Glob):  # Hydra takes it from the files that there are
+        return []
     if override.is_sweep_override():
         return [str(v) for v in override.sweep_string_iterator()]
-    value = override.value()
-    return [value if value is None else str(value)]
+    return ["null" if override.value() is None else str(override.value())]
 
 
 def compose(argv: list[str]) -> Run:
@@ -152,7 +172,11 @@ def compose(argv: list[str]) -> Run:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         try:
             cfg = hydra_compose("config", overrides=words)
-        except HydraException as error:
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            ValueError,
+        ) as error:  # its mistakes are not all of its class
             raise UserError(f"cannot compose the configuration: {_first_line(error)}") from error
     return replace(resolve(cfg, words), words=tuple(argv))
 
@@ -198,7 +222,7 @@ def resolve(cfg: DictConfig, typed: Iterable[str] = ()) -> Run:
     if isinstance(top.get("data"), Mapping):
         known = set(DataConfig.__dataclass_fields__)
         top["data"] = {k: v for k, v in plain["data"].items() if k in known}
-    config = attempt(build, Config, top, "")
+    config = attempt(build, Config, top, "", GROUPS)
     loss = attempt(_part, "loss", parts["loss"], ("losses",))
     weighting = attempt(_part, "weighting", parts["weighting"], ("weighting",))
     stopping = attempt(_part, "stopping", parts["stopping"], ("engine.stopping",))
@@ -213,7 +237,7 @@ def resolve(cfg: DictConfig, typed: Iterable[str] = ()) -> Run:
 
 def _name_multirun(plain: dict[str, Any]) -> None:
     """A job of a multirun writes to run_dir/<swept key=value,...>/seed=<seed>."""
-    keys = plain.get("multirun_keys") or []
+    keys = convert(list[str], plain.get("multirun_keys"), "multirun_keys")
     names = []
     for key in sorted(keys, key=lambda k: (k == "seed", k)):
         value: Any = plain
@@ -297,7 +321,7 @@ def _datasets(plain: dict[str, Any]) -> tuple[DatasetSpec, ...]:
     """Merge config/dataset/<name>.yaml with data.<name>.* for every name; write the result back into ``plain``."""
     names, data = plain.get("datasets"), plain.get("data")
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise UserError(f"datasets={names}: must be a list of names, e.g. datasets=[hh]")
+        return ()  # refused with the rest of the top level
     if not isinstance(data, Mapping):
         raise UserError(f"data={data}: must be a mapping")
     common = set(DataConfig.__dataclass_fields__)

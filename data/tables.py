@@ -41,21 +41,12 @@ def read_csv(path: Path, counts: Counter[str]) -> Iterator[RawRow | BadRow]:
     if text.startswith("\ufeff"):
         counts["byte order mark skipped"] += 1
         text = text[1:]
-    # the library's limit on a cell is global and small (128 KiB): long dialogues are longer
-    limit = csv.field_size_limit(max(1 << 24, len(text) + 1))
-    try:
-        yield from _csv_records(path, text, counts)
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_records(path: Path, text: str, counts: Counter[str]) -> Iterator[RawRow | BadRow]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
         start = reader.line_num + 1
         try:
-            record = next(reader)
+            record = _next(reader, len(text) + 1)
         except StopIteration:
             return
         except csv.Error as error:
@@ -72,6 +63,16 @@ def _csv_records(path: Path, text: str, counts: Counter[str]) -> Iterator[RawRow
             yield BadRow(f"{path}:{start}", f"{len(record)} cells, the header has {len(header)} columns")
         else:
             yield RawRow(str(path), start, dict(zip(header, record, strict=True)), textual=True)
+
+
+def _next(reader: Iterator[list[str]], longest: int) -> list[str]:
+    """The next record. The library's limit on a cell is global and small (128 KiB; long dialogues are longer): it is changed for
+    no longer than this, because a reader that is left in the middle would put it back who knows when."""
+    limit = csv.field_size_limit(longest)
+    try:
+        return next(reader)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def read_parquet(path: Path) -> Iterator[RawRow | BadRow]:

@@ -237,6 +237,9 @@ def test_csv_reads_long_cells_and_leaves_the_global_limit_alone(tmp_path):
     (row,) = read_csv(path, Counter())
     assert len(row.values["a"]) == 300_000
     assert csv.field_size_limit() == before
+    rows = read_csv(path, Counter())
+    next(rows)  # and left in the middle
+    assert csv.field_size_limit() == before
 
 
 def test_parquet_rows_are_typed_numbered_and_without_nulls(tmp_path):
