@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
             raise UserError(f"{target}: no such document")
         write_atomic(target, fill(target.read_text(encoding="utf-8"), Path(words[0])))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

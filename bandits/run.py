@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         experiment.run(report)
         report.finish(experiment.claims)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -65,6 +65,9 @@ def main() -> None:
     """Two trainings and what came of them."""
     setup_logging()
     extra = sys.argv[1:]
+    if {"-h", "--help"} & set(extra):
+        print(__doc__)
+        return
     run = compose([*COMMON, *SFT, *extra])
     root = Path(run.config.run_root)
     sft, preference = root / "quickstart" / "sft", root / "quickstart" / "dpo"

@@ -168,6 +168,8 @@ def compose(argv: list[str]) -> Run:
     from hydra.core.global_hydra import GlobalHydra
 
     words = prepare(argv)
+    if words and words[0].startswith("-"):
+        raise UserError(f"{words[0]}: is train.py's; here every word is key=value")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         try:
@@ -197,15 +199,14 @@ def resolve(cfg: DictConfig, typed: Iterable[str] = ()) -> Run:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from error
-    methods = {"experiment", "loss", "weighting", "trainer", "stopping"} & set(
-        plain.get("multirun_keys") or []
-    )
+    swept = convert(list[str], plain.get("multirun_keys"), "multirun_keys")
+    methods = {"experiment", "loss", "weighting", "trainer", "stopping"} & set(swept)
     typed_keys = set() if methods else {word.lstrip("+").partition("=")[0] for word in typed}
     for group in ("weighting", "stopping"):
         _leave_out_foreign(plain, group, typed_keys)
     if isinstance(plain.get("loss"), dict):
         _leave_out_foreign(plain, "loss", typed={f"loss.{key}" for key in plain["loss"]})
-    _name_multirun(plain)
+    _name_multirun(plain, swept)
     plain.pop("experiment", None)
     problems: list[str] = []
 
@@ -235,9 +236,8 @@ def resolve(cfg: DictConfig, typed: Iterable[str] = ()) -> Run:
     return run
 
 
-def _name_multirun(plain: dict[str, Any]) -> None:
+def _name_multirun(plain: dict[str, Any], keys: list[str]) -> None:
     """A job of a multirun writes to run_dir/<swept key=value,...>/seed=<seed>."""
-    keys = convert(list[str], plain.get("multirun_keys"), "multirun_keys")
     names = []
     for key in sorted(keys, key=lambda k: (k == "seed", k)):
         value: Any = plain

@@ -202,6 +202,8 @@ class Config:
 
     def _problems(self):
         yield from out_of_range(self, "", LIMITS)
+        if not self.exp_name:
+            yield "exp_name=: names the run's directory; give a name, or leave it out"
         if self.n_epochs is None and self.n_examples is None:
             yield "n_epochs=null n_examples=null: give one of them, or the run would never end"
         if self.max_prompt_length >= self.max_length:

@@ -153,8 +153,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused, because reading it could run code from the file ({str(error).splitlines()[0]}); if you trust "
-            "it, convert it where that does no harm: safetensors.torch.save_file(torch.load(FILE, weights_only=False)"
+            f"{path}: refused, because reading it could run code from the file, or it is damaged; if you trust it, convert it "
+            "where that does no harm: safetensors.torch.save_file(torch.load(FILE, weights_only=False)"
             "['state'], 'policy.safetensors'), and give the .safetensors file"
         ) from error
     except (RuntimeError, EOFError) as error:

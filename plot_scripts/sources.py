@@ -125,6 +125,6 @@ def run(main: Callable[[Sequence[str]], list[Path]], words: Sequence[str]) -> in
         for path in main(words):
             print(path)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -3,6 +3,7 @@
 # GR-IPO over three seeds with a 0.1 M-parameter model. Arguments are Hydra overrides; experiment= and seed= say what is compared:
 #   sh scripts/compare.sh [experiment=A,B] [seed=0,1,2,3,4] [exp_name=NAME] [run_root=DIR] ...
 set -eu
+. "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 sh scripts/setup.sh
 root=runs name=compare

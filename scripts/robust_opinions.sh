@@ -5,6 +5,7 @@
 #   hidden   it does not: what the policy gives to one of four groups it takes from another; the exact optima are printed beside the runs
 # Other arguments are Hydra overrides (run_root=, seed=0,1).
 set -eu
+. "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 name=robust_opinions hidden=
 case ${1:-} in

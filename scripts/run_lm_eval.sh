@@ -3,6 +3,7 @@
 # The harness is not among the requirements: .venv/bin/python -m pip install "lm_eval[hf]"   (PYTHON=... uses another interpreter)
 # BOS: it is put in front where the model's own tokenizer does so, as in training. Gemma is far off without it.
 set -eu
+. "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 fail() {

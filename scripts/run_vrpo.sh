@@ -10,6 +10,7 @@
 # to train; sample.* and annotate.* to theirs. Results are in run_root/exp_name (runs/vrpo) and its neighbours exp_name_sft,
 # exp_name_sampled and exp_name_annotated. The same command continues where it was stopped.
 set -eu
+. "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 name=vrpo root=runs loss=vrpo beta=loss.beta=0.1 scorer=annotate.cross_fit=2
 for word in "$@"; do

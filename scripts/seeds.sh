@@ -4,6 +4,7 @@
 #   --datasets a,b  --step_sizes x,y (one run each)  --nseeds 4 (seeds 0 to 4)  --loss_beta  --train_frac  --use_kfoldsplit (fold = seed) ...
 # Every other argument goes to train.py, as a Hydra override or as --key value.
 set -eu
+. "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 seeds="0 1 2 3 4" name= datasets=goqa fraction= folds= sizes=
 fail() {

@@ -1,9 +1,11 @@
 #!/bin/sh
 # Make .venv and install the requirements file named in $1, unless that has been done for its present content.
-# Sourced or run by the other scripts; leaves the interpreter's path in $PY.
+# The other scripts run it.
 set -eu
+. "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 requirements=${1:-requirements.txt}
+[ -f "$requirements" ] || { echo "error: $requirements: no such requirements file" >&2; exit 2; }
 if [ ! -x .venv/bin/python ]; then
     found=
     for candidate in python3.13 python3.12 python3.11 python3; do

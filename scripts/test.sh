@@ -1,6 +1,7 @@
 #!/bin/sh
 # Set up .venv and run lint and the tests. `--slow` adds the long sweeps; other arguments go to pytest.
 set -eu
+. "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 sh scripts/setup.sh requirements-dev.txt
 slow='not slow and not gpu'

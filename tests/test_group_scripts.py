@@ -18,7 +18,7 @@ SCRIPTS = ("run_sft.sh", "run_multi.sh", "run_multi_robust.sh", "robust_opinions
 def calls(place: Path, script: str, *words: str) -> list[list[str]]:
     """The words of each call of Python after the first two (-u train.py), in a checkout whose Python writes them down."""
     (place / "scripts").mkdir()
-    for name in (*SCRIPTS, "seeds.sh", "compare.sh"):
+    for name in (*SCRIPTS, "seeds.sh", "compare.sh", "usage.sh"):
         shutil.copy(ROOT / "scripts" / name, place / "scripts" / name)
     (place / "scripts" / "setup.sh").write_text("exit 0\n")
     python = place / ".venv" / "bin" / "python"
@@ -203,3 +203,15 @@ def test_the_comparison_of_weightings_passes_its_data_to_every_step(tmp_path, wa
         told = compose([*words[:-1], "assert_sft_step=false", "datasets=[opinions]"]).datasets[0].settings
         assert told.group_sizes == run.datasets[0].settings.group_sizes == [0.6, 0.25, 0.1, 0.05]
         assert not told.group_in_prompt
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
+def test_help_prints_the_head_of_the_script_and_does_nothing(path, tmp_path):
+    if path.name == "usage.sh":  # the others source it
+        return
+    done = subprocess.run(
+        ["sh", path, "a=1", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    head = path.read_text("utf-8").partition("\nset -eu")[0].splitlines()[1:]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def place(tmp_path) -> Path:
     """A checkout with the scripts and a Python that writes its words down; a file ``fail`` names a program that fails."""
     (tmp_path / "scripts").mkdir()
-    for name in ("run_vrpo.sh", "run_vrpo_two_stage.sh"):
+    for name in ("usage.sh", "run_vrpo.sh", "run_vrpo_two_stage.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
     (tmp_path / "scripts" / "setup.sh").write_text("exit 0\n")
     python = tmp_path / ".venv" / "bin" / "python"
