@@ -236,6 +236,7 @@ class _Session:
     def build_trainer(self, found: checkpoint.Checkpoint | None) -> Trainer:
         config, world = self.config, self.world
         state = found.state if found else None
+        self.models.check_fresh_pairs()
         scorer = self.models.scorer
         if found is None:
             verify_scorer(self.run_, scorer, self.first_rows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,19 +51,30 @@ def load_examples(run: Run) -> dict[str, list[list[Example]]]:
     return found
 
 
+def _targets(examples: list[Example], sft_on: str, counts: Counts) -> list[Example]:
+    """``sft_examples``; the pairs of a prompt that it passes over are counted."""
+    made = sft_examples(examples, sft_on)
+    if sft_on == "chosen":
+        left_out = Counter(e.group for e in examples)
+        left_out.subtract(e.group for e in made)
+        for group, number in left_out.items():
+            counts.add("repeated", group, number)
+    return made
+
+
 def load_data(run: Run, tokenizer: Any, loss: Loss | None = None) -> Data:
     """Read and tokenise every split for what ``loss`` needs (default: the run's)."""
     loss = loss or run.loss
     needs = loss.needs
     by_split = load_examples(run)
+    counts = Counts()
     if "target" in needs.policy:
-        by_split = {s: [sft_examples(e, loss.sft_on) for e in lists] for s, lists in by_split.items()}
+        by_split = {s: [_targets(e, loss.sft_on, counts) for e in lists] for s, lists in by_split.items()}
     groups = tuple(dict.fromkeys(e.group for lists in by_split.values() for part in lists for e in part))
     roles = tuple(dict.fromkeys((*needs.policy, *needs.reference)))
     rows: dict[str, list[Row]] = {}
     kept: dict[str, list[Example]] = {}
     source: dict[str, list[int]] = {}
-    counts = Counts()
     cache = TokenCache(Path(run.config.token_cache)) if run.config.token_cache is not None else None
     for split, lists in by_split.items():
         rows[split], kept[split], source[split] = [], [], []

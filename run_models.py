@@ -16,8 +16,11 @@ from data.plan import micro_batches
 from data.schema import Batch, Row
 from engine import compilation, models, parallel, preferences, reference, runtime, scoring
 from engine.fresh_pairs import FreshPairs, FunctionPreference
+from engine.model_spec import ModelSpec
 from engine.parallel import World
+from engine.preferences import load_function
 from engine.selection import row_losses
+from losses.types import Loss
 from run_data import Data
 from trainers import autocast
 from utils import UserError, log
@@ -213,12 +216,23 @@ class RunModels:
             seed=config.seed,
         )
 
-    def load_preference(self, scorer: str, archive: str) -> tuple[preferences.ModelPreference, str]:
-        """The reward or general preference model of a run, and the hash of its weights."""
-        found = recorded(archive)
+    def check_fresh_pairs(self) -> None:
+        """Refuse what ``build_fresh_pairs`` could not use, before any model is loaded."""
+        how = self.config.fresh_pairs
+        if how.num_pairs and how.scorer == "function":
+            load_function(how.function, "fresh_pairs.function")
+        elif how.num_pairs:
+            self._preference_run(how.scorer, how.model)
+
+    def _preference_run(self, scorer: str, archive: str) -> tuple[Loss, ModelSpec]:
+        found = recorded(archive, "fresh_pairs.model")
         if found is None or found[0].needs.output != preferences.OUTPUTS[scorer]:
             raise UserError(f"fresh_pairs.model={archive}: is no run trained with loss={scorer}")
-        loss, spec = found
+        return found
+
+    def load_preference(self, scorer: str, archive: str) -> tuple[preferences.ModelPreference, str]:
+        """The reward or general preference model of a run, and the hash of its weights."""
+        loss, spec = self._preference_run(scorer, archive)
         tau, layout = (loss.tau if scorer == "gpm" else None), self.config.scoring.layout
         return preferences.load(
             spec,

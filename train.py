@@ -123,8 +123,10 @@ def exit_code(job: Callable[[], object]) -> int:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return fail(error, first, 2)
     except Exception as error:  # noqa: BLE001 - the last line of defence: told in full, exit code 1
-        lost = {"PeerLost", "MainFailed"} & {type(error).__name__}
-        return fail(error, str(error) if lost else traceback.format_exc(), 1)
+        told = {"PeerLost", "MainFailed", "NonFiniteError"} & {
+            type(error).__name__
+        }  # what they say is the whole story
+        return fail(error, str(error) if told else traceback.format_exc(), 1)
     return 0
 
 

@@ -67,6 +67,15 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def make_folder(path: Path) -> Path:
+    """``path``, made where it is not there yet. Raises UserError where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror}); name another place") from error
+    return path
+
+
 def fsync_directory(path: Path) -> None:
     """Make a rename inside ``path`` durable."""
     fd = os.open(path, os.O_RDONLY)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from engine.stats import Interval, mean_interval, paired_difference
-from utils import UserError, did_you_mean, log
+from utils import UserError, did_you_mean, log, make_folder
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Report:
     curve_rows: list[dict] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / "figures")
         (self.folder / "metrics.jsonl").write_text("")
 
     def curve(

@@ -60,6 +60,9 @@ def study(plain: dict[str, Any]) -> Any:
 
 
 def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__, f"Experiments: {', '.join(experiments())}", sep="\n")
+        return 0
     """Returns the exit code."""
     utils.setup_logging()
     try:

@@ -15,6 +15,7 @@ of the linear layers, queries, keys and values before and after rotation, and th
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass
 
@@ -153,7 +154,11 @@ def check() -> dict[str, tuple[float, float]]:
 
 
 def main(argv: list[str]) -> None:
-    if "--check" in argv:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory_model", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--check", action="store_true", help="count the same tensors on a small model")
+    if parser.parse_args(argv).check:
         for name, (formula, counted) in check().items():
             print(
                 f"{name:<26} formula {formula / 1e6:8.2f} MB   counted {counted / 1e6:8.2f} MB   ratio {formula / counted:.2f}"

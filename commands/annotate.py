@@ -36,7 +36,7 @@ from data.split import SPLITS
 from engine import models, parallel, preferences, runtime
 from preference_datasets import Tokenization
 from trainers import autocast
-from utils import UserError, content_hash, log, stream_seed, write_atomic
+from utils import UserError, content_hash, log, make_folder, stream_seed, write_atomic
 
 Scorer = Callable[[Sequence[Labelled]], list[Scores]]
 
@@ -127,7 +127,7 @@ def inputs(data: Path, out: Path) -> dict[str, Path]:
         raise UserError(f"annotate.data={data}: no such file, and no folder with train.jsonl")
     if out.resolve() in (data.resolve(), *(path.parent.resolve() for path in found.values())):
         raise UserError(f"annotate.out={out}: must not be where the data are; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     return found
 
 
@@ -160,7 +160,7 @@ def build_scorer(run: Run, settings: Settings, out: Path) -> Any:
 
 def model_scorer(run: Run, settings: Settings) -> ModelScorer:
     """The trained model of annotate.model, with the loss that its run recorded (else this command's)."""
-    loss, _ = recorded(settings.model) or (run.loss, None)
+    loss, _ = recorded(settings.model, "annotate.model") or (run.loss, None)
     expected = preferences.OUTPUTS[settings.scorer]
     if loss.needs.output != expected:
         raise UserError(

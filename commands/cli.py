@@ -15,7 +15,7 @@ import yaml
 
 from config.build import build
 from config.compose import Run, compose
-from utils import UserError, content_hash, setup_logging, write_atomic
+from utils import UserError, content_hash, make_folder, setup_logging, write_atomic
 
 
 def entry(
@@ -81,7 +81,7 @@ class Output:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, key: str = "uid") -> None:
         self.path, self.key = path, key
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         beside = path.with_name(path.name + ".settings.json")
         mine = json.loads(json.dumps(settings))
         if beside.exists() and path.exists():

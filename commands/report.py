@@ -24,7 +24,7 @@ from plot_scripts.draw import compose, drawable, read_figure
 from plot_scripts.load import Loaded, find_runs, load_directories, read_rows
 from plot_scripts.panels import group_label
 from plot_scripts.sources import parse_words, run
-from utils import UserError, write_atomic
+from utils import UserError, make_folder, write_atomic
 
 FIGURES = ("training_curves", "by_group", "worst_group", "throughput")
 AGGREGATES = ("", "mean_group", "worst_group")
@@ -255,7 +255,7 @@ def main(words: Sequence[str]) -> list[Path]:
     written = []
     for folder in folders:
         path = Path(request.out) if request.out is not None else folder / "figures" / "report.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_atomic(path, page(folder))
         written.append(path)
     return written

@@ -12,7 +12,7 @@ from typing import Any
 from data import local
 from data.jsonl import RawRow, read_jsonl
 from data.schema import Example, Text
-from utils import UserError
+from utils import UserError, make_folder
 
 Json = dict[str, Any]
 KEPT_SCALARS = (
@@ -98,5 +98,5 @@ def without_auxiliary(row: Mapping[str, Any]) -> Json:
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A whole JSONL file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -35,11 +35,12 @@ from data.schema import Batch, Example, Row
 from engine import archives, checkpoint, models, parallel, results, runtime, sampling, scoring, stats
 from engine.evaluation import ACCURACIES, PREFIX, Evaluator, share_interval
 from engine.parallel import World
+from engine.preferences import load_function
 from engine.reference import LiveReference
 from losses.pairwise import DPO, PAIR
 from losses.types import Loss
 from trainers import autocast
-from utils import UserError, git_facts, log, stream, versions, write_atomic
+from utils import UserError, git_facts, log, make_folder, stream, versions, write_atomic
 
 REFERENCE, CHOSEN = "reference", "chosen"
 COLUMNS = ("model", *results.COLUMNS)
@@ -86,6 +87,11 @@ class Settings:
 def run(run: Run, settings: Settings) -> None:
     """Reward accuracies, log-probs, responses and win rates of model.archive=."""
     runtime.configure(run.config.num_threads, run.config.allocator)
+    for key in ("reference", "against", "reward_model"):
+        if (archive := getattr(settings, key)) is not None:
+            archives.find(archive, f"score.{key}")
+    if settings.function is not None:
+        load_function(settings.function, "score.function")
     session = Session(run, settings)
     with autocast(run.config.precision, session.device):
         session.evaluate()
@@ -118,7 +124,7 @@ class Session:
 
     def __init__(self, run: Run, settings: Settings) -> None:
         self.run, self.settings, self.out = run, settings, Path(settings.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         self.device = parallel.pick_device(run.config.device)
         self.archives = {POLICY: run.model.archive}
         if settings.against is not None:

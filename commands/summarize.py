@@ -35,7 +35,7 @@ from plot_scripts.aggregate import LEVEL, Bar, bar, collect, warnings_about
 from plot_scripts.load import Loaded, RunInfo, read_rows
 from plot_scripts.panels import group_label
 from plot_scripts.sources import load, parse_words, run
-from utils import UserError, did_you_mean
+from utils import UserError, did_you_mean, make_folder
 
 USUAL = ("loss", "rewards/accuracies")
 
@@ -424,7 +424,7 @@ def main(words: Sequence[str]) -> list[Path]:
     if request.out is None:
         return []
     out = Path(request.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     contents = {
         "summary.md": text,
         "summary.csv": summary_table(numbers).to_csv(index=False, lineterminator="\n"),

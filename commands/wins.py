@@ -119,7 +119,7 @@ def referees(
 def reward_scorer(run: Run, archive: str) -> ModelScorer:
     """A trained reward or general preference model, with the architecture and tokenizer that its run recorded (else the
     command's model=), whatever the models that it compares."""
-    loss, spec = recorded(archive) or (run.loss, run.model)
+    loss, spec = recorded(archive, "score.reward_model") or (run.loss, run.model)
     if loss.needs.output == "logps":
         raise UserError(
             f"score.reward_model={archive}: has no reward head; give a run of loss=reward or loss=gpm, and for a checkpoint "

@@ -282,11 +282,12 @@ def _part(group: str, values: Any, packages: tuple[str, ...]) -> Any:
     return build(cls, values, f"{group}.")
 
 
-def recorded(archive: str) -> tuple[Any, Any] | None:
-    """(loss, ModelSpec) that the run which ``archive`` belongs to was configured with; None if it is no run of ours."""
+def recorded(archive: str, key: str = "model.archive") -> tuple[Any, Any] | None:
+    """(loss, ModelSpec) that the run which ``archive``, the value of ``key``, belongs to was configured with; None if it is no
+    run of ours."""
     from engine import archives
 
-    found = archives.find(archive)
+    found = archives.find(archive, key)
     for folder in (found, *found.parents[:1]):
         path = folder / "config.yaml"
         if path.is_file():

@@ -15,6 +15,7 @@ from utils import content_hash, log
 # kind -> what happened, as the log says it; kinds in the second table are defects and become findings
 KINDS = {
     "examples": "examples read",
+    "repeated": "pairs left out: another one gives the prompt's target (loss.sft_on=chosen)",
     "rows": "rows kept",
     "quoted": "examples that quote a special token: kept as plain text",
     "unfinished": "responses cut while they were generated: no EOS added",

@@ -120,10 +120,6 @@ class Batch:
         wanted = set(roles)
         return [i for i, role in enumerate(self.roles) if role in wanted]
 
-    def num_response_tokens(self, roles: Sequence[str]) -> int:
-        """Response tokens (EOS included) of the given roles."""
-        return sum(len(self.responses[i]) for i in self.positions(roles))
-
     @staticmethod
     def collate(rows: Sequence[Row]) -> Batch:
         """Rows in order -> one Batch on the CPU."""

@@ -67,21 +67,19 @@ class Archive:
 # ---------------------------------------------------------------------------------------------- finding, reading
 
 
-def find(archive: str) -> Path:
-    """The file, or the directory with a weights file directly in it, that ``archive`` means."""
+def find(archive: str, key: str = "model.archive") -> Path:
+    """The file, or the directory with a weights file directly in it, that ``archive``, the value of the setting ``key``, means."""
     path = Path(archive).expanduser()
     if path.is_file():
         if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
-            raise UserError(f"model.archive={archive}: not a weights file; give {KINDS}")
+            raise UserError(f"{key}={archive}: not a weights file; give {KINDS}")
         return path
     if not path.is_dir():
-        raise UserError(f"model.archive={archive}: no such file or directory; give {KINDS}")
+        raise UserError(f"{key}={archive}: no such file or directory; give {KINDS}")
     found = _find_in(path)
     if found is None:
         holds = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"model.archive={archive}: no (undamaged) weights in it (it holds {holds}); give {KINDS}"
-        )
+        raise UserError(f"{key}={archive}: no (undamaged) weights in it (it holds {holds}); give {KINDS}")
     return found
 
 

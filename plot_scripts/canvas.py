@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
+from utils import make_folder
+
 STYLE = Path(__file__).resolve().parent / "style" / "paper.mplstyle"
 # Okabe and Ito (2008) without yellow, which is too pale for lines on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -154,7 +156,7 @@ def save(
     extra_columns: Sequence[str] = (),
 ) -> list[Path]:
     """Write <name>.pdf, .png, .csv (everything that was drawn) and .json (where it came from); equal input, equal bytes."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     paths = [out / f"{name}.{ending}" for ending in ("pdf", "png", "csv", "json")]
     # dates and program versions in the files would make every redraw a new file
     figure.savefig(

@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from engine.metric_names import direction, our_names
-from utils import UserError, content_hash, did_you_mean, write_atomic
+from utils import UserError, content_hash, did_you_mean, make_folder, write_atomic
 
 COLUMNS = ["run", "config_hash", "seed", "step", "examples", "split", "group", "metric", "value"]
 KEY = ["run", "split", "metric", "group"]
@@ -477,7 +477,7 @@ def _distinct(raw_runs: Iterable[RawRun]) -> Iterator[RawRun]:
 
 def _write_cache(folder: Path, raw_runs: Sequence[RawRun]) -> None:
     """One CSV of rows per run, and runs.json, written last: its presence means that the answer is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for number, raw in enumerate(raw_runs):
         names = list(
             dict.fromkeys(

@@ -808,3 +808,22 @@ def test_thousands_of_rows_are_tokenised_in_a_second(family):
     start = time.perf_counter()
     rows_of(examples, family["gpt2"])
     assert len(examples) / (time.perf_counter() - start) > 2000
+
+
+def test_pairs_that_give_no_target_are_counted(tmp_path):
+    from config.compose import compose
+    from engine.models import load_tokenizer
+    from run_data import load_data
+
+    words = [
+        "data.opinions.num_train=200",
+        "data.opinions.num_test=20",
+        "data.opinions.num_validation=20",
+        "token_cache=null",
+    ]
+    for sft_on in ("chosen", "all"):
+        run = compose([f"loss.sft_on={sft_on}", f"run_root={tmp_path}", *words])
+        data = load_data(run, load_tokenizer(run.model))
+        left_out = data.counts.total("repeated")
+        assert left_out + data.counts.total("rows") == (240 if sft_on == "chosen" else 480)
+        assert (left_out > 0) == (sft_on == "chosen")

@@ -27,7 +27,7 @@ from engine.rundir import (
     write_facts,
 )
 from tests.test_checkpoint import in_child
-from utils import UserError
+from utils import UserError, make_folder
 
 CONFIG = {
     "seed": 0,
@@ -280,3 +280,10 @@ def test_fresh_moves_the_old_run_aside_and_deletes_nothing(tmp_path):
 
 def test_every_file_of_a_run_is_known_to_fresh():
     assert {"metrics.jsonl", "config.yaml", "provenance.json", "step-*", "LATEST"} <= set(rundir.OURS)
+
+
+def test_an_output_folder_that_cannot_be_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        make_folder(tmp_path / "file" / "out")
+    assert make_folder(tmp_path / "a" / "b").is_dir()

@@ -19,6 +19,7 @@ from engine import models, reference
 from engine.parallel import World
 from engine.scoring import Scorer
 from losses.vrpo import VarianceReduced
+from run_models import RunModels
 from tests.vrpo_tools import local, run_of, trained
 from utils import UserError
 
@@ -255,6 +256,19 @@ def test_two_stages_may_draw_fresh_pairs_too(way):
 def test_settings_of_fresh_pairs_that_cannot_work_are_user_errors(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         run_of(tmp_path, "fresh_pairs.num_pairs=1", "assert_sft_step=false", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fresh_pairs.model=/nope"], "fresh_pairs.model=/nope: no such file"),
+        (["fresh_pairs.scorer=function", "fresh_pairs.function=nope:f"], "fresh_pairs.function=nope:f: cannot be imported"),
+    ],
+)  # fmt: skip
+def test_a_scorer_that_is_not_there_is_refused_by_its_key_before_any_model(tmp_path, words, message):
+    run = run_of(tmp_path, "fresh_pairs.num_pairs=1", "assert_sft_step=false", *VRPO, *words)
+    with pytest.raises(UserError, match=message):
+        RunModels(run, None, None, None).check_fresh_pairs()
 
 
 def test_a_scorer_that_is_no_reward_model_is_refused(way):
