@@ -287,7 +287,9 @@ def place_rows(num_rows: int, settings: Settings) -> list[str | None]:
     if settings.kfold is None:
         train = rows.sample(frac=settings.train_room, random_state=REFERENCE_STATE)
         held_out = rows.drop(train.index)
-        test_share = settings.test_fraction / (1.0 - settings.train_room)
+        # of the sum, not of 1 - train_room: 0.1 / (1 - 0.8) is above 0.5, and half a row would be rounded up
+        held_out_share = settings.test_fraction + settings.validation_fraction
+        test_share = settings.test_fraction / held_out_share if held_out_share else 0.0
     else:
         # KFold shuffles the indices once and cuts them into folds, the first (rows mod folds) one longer
         shuffled = np.arange(num_rows)
