@@ -313,7 +313,10 @@ class Trainer:
     def finish(self) -> None:
         """Restore the best weights if asked to, evaluate every split once, save."""
         self.adviser.judge(self.step_count)
-        restored = self.parts.stopper.best_examples() if self.parts.stopper.restores_best else None
+        stopper = self.parts.stopper
+        if stopper.restores_best and not (self.judged or self.restored):
+            self.evaluate(list(self.parts.evaluator.splits))  # the plan's last weights may be the best
+        restored = stopper.best_examples() if stopper.restores_best else None
         if (
             restored == self.examples or self.restored
         ):  # the latter: this start continued from what is saved below

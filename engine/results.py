@@ -63,7 +63,7 @@ def render(results: Mapping[str, Any], run_dir: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-COLUMNS = ("step", "examples", "split", "group", "metric", "value", "ci_low", "ci_high", "n")
+COLUMNS = ("step", "examples", "split", "group", "metric", "value", "ci_low", "ci_high", "n", "restored_from")
 COUNTS = ("num_examples", "group_counts")  # of metrics.jsonl: the column n here
 
 
@@ -72,6 +72,7 @@ def evaluation_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     group  "all", a group's name, "mean_group" or "worst_group"
     n      examples behind the value; "" for the two aggregates, as are bounds where there is no interval
+    restored_from   for the evaluation of restored best weights: their count of examples; the last weights' own stands beside it
     """
     return [line for row in rows if row["kind"] == "eval" for line in _evaluation_rows(row)]
 
@@ -89,7 +90,7 @@ def _evaluation_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         line = made.setdefault((metric, group), dict.fromkeys(COLUMNS, ""))
         line[bound or "value"] = value
-    place = {"step": row["step"], "examples": row["examples"], "split": row["split"]}
+    place = {k: row.get(k, "") for k in ("step", "examples", "split", "restored_from")}
     return [
         line | place | {"group": group, "metric": metric, "n": counts.get(group, "")}
         for (metric, group), line in made.items()

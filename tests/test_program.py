@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import assembly
@@ -139,6 +141,31 @@ def test_early_stopping_cuts_stops_and_restores(tmp_path, sft):
     results = json.loads((run_dir / "results.json").read_text())
     assert results["status"] == "stopped" and results["examples"] < 400
     assert lines(run_dir, "train")[-1]["lr"] <= 1e-3
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_best_evaluation_is_what_remains_and_the_end_of_the_plan_has_one(tmp_path, sft, mode):
+    words = ["stopping=plateau", "stopping.metric=eval/loss", f"stopping.mode={mode}", "lr=1e-2"]
+    run_dir, outcome = start(tmp_path, "loss=dpo", "loss.beta=0.1", f"model.archive={sft}", *words)
+    rows = [row for row in lines(run_dir, "eval") if row["split"] == "eval"]
+    losses = {row["examples"]: row["eval/loss"] for row in rows if "restored_from" not in row}
+    best = {"min": min, "max": max}[mode](losses, key=losses.__getitem__)
+    assert (
+        list(losses) == [0, 16, 32] and best == {"min": 32, "max": 16}[mode]
+    )  # the last is the best, and is not
+    assert [row["restored_from"] for row in rows[3:]] == ([] if best == 32 else [best])
+    assert outcome.metric == losses[best]
+    with (run_dir / "results.csv").open(newline="") as handle:
+        table = [
+            [r[c] for c in ("step", "split", "group", "metric", "restored_from")]
+            for r in csv.DictReader(handle)
+        ]
+    assert len(set(map(tuple, table))) == len(table) and {r[-1] for r in table} == {
+        "",
+        *(["16"] if best == 16 else []),
+    }
+    kept, middle = (load_file(run_dir / f / "model.safetensors") for f in ("LATEST", "step-16"))
+    assert all(torch.equal(kept[k], middle[k]) for k in middle) == (best == 16)
 
 
 @pytest.mark.parametrize(
