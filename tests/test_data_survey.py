@@ -235,6 +235,24 @@ def test_goqa_folds_cover_every_question_once(survey):
         assert len(tested) == len(set(tested)) == 200
 
 
+def test_goqa_folds_by_row_are_those_of_scikit_learn():
+    """KFold(5, shuffle=True, random_state=42) over ten rows."""
+    folds = [
+        [i for i, p in enumerate(goqa.place_rows(10, goqa.Settings(split_by="row", kfold=k))) if p != "train"]
+        for k in range(5)
+    ]
+    assert folds == [[1, 8], [0, 5], [2, 7], [4, 9], [3, 6]]
+
+
+@pytest.mark.parametrize("split_by", ["question", "row"])
+def test_goqa_fractions_go_to_the_split_they_name(survey, split_by):
+    settings = goqa.Settings(
+        path=survey, test_fraction=0.3, validation_fraction=0.05, train_frac=0.65, split_by=split_by
+    )
+    sizes = {split: len(part) for split, part in goqa.load("goqa_0", settings, 0).items()}
+    assert 40 <= sizes["test"] <= 80 and 2 <= sizes["validation"] <= 20 and sum(sizes.values()) == 200
+
+
 @pytest.mark.parametrize(
     "n", [93, 83, 85, 87]
 )  # 19, 17 (half of which is rounded to even), 17 and 17 rows held out

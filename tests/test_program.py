@@ -122,25 +122,26 @@ def test_sampling_during_evaluation_writes_both_models(tmp_path, sft):
     assert [row["model"] for row in rows] == ["policy"] * 3 + ["reference"] * 3
 
 
-def test_early_stopping_cuts_stops_and_restores(tmp_path, sft):
+def test_early_stopping_cuts_the_rates_and_stops(tmp_path, sft):
     words = [
         "trainer=GroupTrainerEarlyStop",
         "stopping.patience=0",
         "stopping.threshold=0.9",
-        "stopping.min_lr=1e-4",
+        "stopping.min_lr=1e-5",
+    ]
+    words += [
+        "loss=gr_dpo",
+        "loss.beta=0.1",
+        "weighting.adaptive_step_size=true",
+        "weighting.step_factor=0.25",
     ]
     run_dir, _ = start(
-        tmp_path,
-        "loss=dpo",
-        "loss.beta=0.1",
-        f"model.archive={sft}",
-        "n_examples=400",
-        "n_epochs=null",
-        *words,
+        tmp_path, *words, f"model.archive={sft}", "n_examples=400", "n_epochs=null", "warmup_steps=0"
     )
     results = json.loads((run_dir / "results.json").read_text())
-    assert results["status"] == "stopped" and results["examples"] < 400
-    assert lines(run_dir, "train")[-1]["lr"] <= 1e-3
+    assert results["status"] == "stopped" and results["examples"] == 32  # cuts at 16 and 32
+    rates = [(row["lr"], row["train/step_size"]) for row in lines(run_dir, "train")]
+    assert rates == [pytest.approx(pair) for pair in ((1e-3, 0.01), (1e-4, 0.0025))]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

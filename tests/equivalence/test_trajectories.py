@@ -79,6 +79,20 @@ def test_weights_and_soft_labels_of_examples_enter_the_group_losses(tmp_path, cu
     )  # batches hold weights and labels in float32
 
 
+@pytest.mark.parametrize("cut", [1, 3])
+def test_the_reference_scale_multiplies_the_gradient_by_the_micro_batch(tmp_path, cut):
+    start = parameters(make_trainer(tmp_path / "start", IPO(beta=0.2)))
+    moved = {}
+    for reference in (False, True):
+        trainer = run(
+            tmp_path / str(reference), IPO(beta=0.2), GroupRobust(step_size=0.01, reference=reference),
+            gradient_accumulation_steps=cut, batch_size=6, n_epochs=None, n_examples=6, max_grad_norm=None,
+        )  # fmt: skip
+        moved[reference] = parameters(trainer) - start
+    assert moved[False].abs().max() > 1e-4
+    assert (moved[True] - 6 / cut * moved[False]).abs().max() < 1e-12
+
+
 def test_token_units_count_the_tokens_of_the_whole_step(tmp_path):
     rows = [
         r.__class__(**{**r.__dict__, "responses": r.responses[:1], "roles": ("target",)}) for r in make_rows()
