@@ -1,0 +1,69 @@
+"""What metrics make of per-example records: groups, the worst of them, and intervals that count prompts."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine import stats
+from engine.evaluation import summarize
+
+
+def record(
+    group: str, prompt: str, loss: float, accuracy: float, weight: float = 1.0, tokens: int = 2
+) -> dict:
+    shared = {"group": group, "prompt_key": prompt, "weight": weight, "num_tokens": tokens}
+    return {
+        "uid": f"{group}{prompt}",
+        **shared,
+        "loss": loss,
+        "rewards/accuracies": accuracy,
+        "rewards/margins": -loss,
+    }
+
+
+RECORDS = [
+    record("a", "p", 1.0, 1.0, weight=2.0),
+    record("a", "p", 2.0, 1.0),
+    record("a", "q", 5.0, 0.0, tokens=8),
+    record("b", "r", 4.0, 0.5),
+    record("b", "s", 8.0, 0.0),
+]
+
+
+def test_groups_their_mean_and_the_worst_of_them():
+    found = summarize(RECORDS, ["a", "b"], "eval")
+    assert found["eval/loss"] == pytest.approx((2 + 2 + 5 + 4 + 8) / 5)
+    assert (found["eval/loss/group_a"], found["eval/loss/group_b"]) == (3.0, 6.0)
+    assert (found["eval/loss/mean_group"], found["eval/loss/worst_group"]) == (4.5, 6.0)
+    accuracies = [
+        found[f"eval/rewards/accuracies/{g}"] for g in ("group_a", "group_b", "mean_group", "worst_group")
+    ]
+    assert accuracies == pytest.approx([2 / 3, 0.25, (2 / 3 + 0.25) / 2, 0.25])
+    assert (
+        "eval/rewards/margins/worst_group" not in found
+    )  # neither end of a margin is the worse one by itself
+    assert (found["eval/num_examples"], found["eval/group_counts/group_a"]) == (5.0, 3.0)
+
+
+def test_intervals_count_prompts_not_rows():
+    once = summarize(RECORDS, ["a", "b"], "eval")
+    assert once["eval/rewards/accuracies/group_b/ci_low"] == stats.wilson(0.5, 2).low
+    found = summarize([*RECORDS, record("b", "s", 8.0, 0.0)], ["a", "b"], "eval")
+    repeated = stats.cluster_bootstrap([0.5, 0.0, 0.0], ["r", "s", "s"])
+    assert found["eval/rewards/accuracies/group_b/ci_high"] == repeated.high
+    worst = stats.worst_group_interval(
+        [2 / 3 * 2, 1 / 6 * 2], [2, 2]
+    )  # of two prompts each, not of three rows
+    name = "eval/rewards/accuracies/worst_group"
+    assert (found[f"{name}/ci_low"], found[f"{name}/ci_high"]) == pytest.approx((worst.low, worst.high))
+
+
+def test_one_group_is_not_told_apart_and_a_group_without_rows_is_not_the_worst():
+    assert not [name for name in summarize(RECORDS[:3], ["a"], "eval") if "group" in name]
+    found = summarize(RECORDS[:3], ["a", "b"], "eval")
+    assert found["eval/loss/worst_group"] == 3.0 and "eval/loss/group_b" not in found
+
+
+def test_a_loss_per_token_divides_by_the_tokens():
+    found = summarize(RECORDS, ["a", "b"], "eval", unit="token")
+    assert found["eval/loss/group_a"] == pytest.approx(9 / 12)
