@@ -35,7 +35,7 @@ RETIRED = {
     "debug": "use wandb.enabled=false and a small n_examples=",
     "minimum_log_interval_secs": "every step is logged",
     "eval_train_every": "training rows are evaluated with the others: eval_train_data=true and eval_every=",
-    "eval_train_end": "every split is evaluated at the end",
+    "eval_train_end": "eval_train_data=true evaluates training rows with the other splits, and at the end",
     "eval_full": "use n_eval_examples=null",
     "eval_train_full": "use n_eval_examples=null eval_train_data=true",
     "use_kfoldsplit": "use data.<name>.kfold=FOLD (fold 0 is fold 0)",
@@ -48,6 +48,7 @@ RETIRED = {
     "model@data_selection.model": "the selection's models have the architecture of model=",
 }
 NEUTRAL = {"null", "false", "0", "none", "~", "''", '""'}
+NEUTRAL_TRUE = ("use_ref",)  # here it is true that means nothing
 
 TRAINERS = {"parallel_fsdp": "FSDPTrainer", "TensorParallelTrainer": None, "parallel_tensor": None}
 
@@ -85,6 +86,8 @@ def renamed(key: str, value: str) -> list[str]:
     """Their value under our key. A neutral value is kept, for it may turn off what a preset has turned on; where the part has
     no such key, ``compose`` passes over it."""
     if value.lower() not in NEUTRAL:
+        if key == "wandb.tags" and not value.startswith("["):
+            value = f"[{value}]"  # theirs is one name
         if key == "weighting.step_size":
             log.info(
                 "loss.step_size=%s is taken as weighting.step_size, which is the reference's times its batch size: 8e-6 for "
@@ -104,6 +107,19 @@ def renamed(key: str, value: str) -> list[str]:
     )
     # of the other keys the reference's neutral value means its default
     return [f"{key}=null"] if key in unset else []
+
+
+def check_equal_weights(value: str, overrides: list[str]) -> None:
+    """Their dpowts is importance sampling with the same weight for every group: the default of ours. UserError without it."""
+    given = dict(word.partition("=")[::2] for word in overrides)
+    if given.get("loss.importance_sampling", "false").lower() in NEUTRAL:
+        raise UserError(
+            f"loss.dpowts={value}: the reference reads it only with loss.importance_sampling=true; give both, or "
+            "weighting=importance"
+        )
+    log.info(
+        "loss.dpowts=%s: every group counts 1/K here, 0.5 whatever their number K in the reference", value
+    )
 
 
 def translate(overrides: list[str]) -> list[str]:
@@ -131,12 +147,9 @@ def translate(overrides: list[str]) -> list[str]:
                 out.append("weighting=importance")
         elif key == "loss.dpowts":
             if value.lower() not in NEUTRAL:
-                raise UserError(
-                    "loss.dpowts=true set 0.5 for every group whatever their number; "
-                    "use weighting=importance weighting.imp_weights=[0.5,0.5]"
-                )
+                check_equal_weights(value, overrides)
         elif key in RETIRED:
-            if value.lower() not in NEUTRAL:
+            if value.lower() not in (("true",) if key in NEUTRAL_TRUE else NEUTRAL):
                 raise UserError(f"{key}={value}: this key is gone; {RETIRED[key]}")
             log.info("%s=%s has no meaning here and is passed over: %s", key, value, RETIRED[key])
         elif key == "loss.divide_by_totalcount":

@@ -185,6 +185,15 @@ def test_the_group_robust_repository_s_keys_are_understood():
     assert type(run.stopping).__name__ == "Plateau" and run.stopping.min_lr == 1e-8
 
 
+def test_older_keys_with_another_neutral_value_or_form():
+    plain = ["loss=gr_dpo", "loss.beta=0.1", "assert_sft_step=false"]
+    assert compose([*plain, "use_ref=true", "exp_group=mine"]).config.wandb.tags == ["mine"]
+    assert "loss=base evaluates without a reference" in told(*plain, "use_ref=false")
+    equal = compose([*plain, "loss.importance_sampling=true", "loss.dpowts=true"]).weighting
+    assert type(equal).__name__ == "ImportanceWeighted" and equal.imp_weights is None
+    assert "loss.importance_sampling=true" in told(*plain, "loss.dpowts=true")
+
+
 def test_the_documentation_lists_every_older_key():
     text = (ROOT / "docs" / "keys.md").read_text("utf-8")
     words = {
