@@ -72,6 +72,7 @@ def test_goqma_draws_pairs_of_a_more_and_a_less_frequent_answer():
         ]
         letters = [(e.response("chosen"), e.response("rejected")) for e in pairs]
         assert len(letters) == len(set(letters)) == 4
+        assert all(len(pair.responses) == 2 for pair in pairs[:-1])
         assert all(frequencies["ABCDE".index(w)] > frequencies["ABCDE".index(v)] for w, v in letters)
         if any(w == "C" for w, _ in letters):
             assert (
@@ -105,6 +106,7 @@ def row(**changes):
     ("changes", "problem"),
     [
         ({"selections": "{'Nigeria': [0.5, 0.3, 0.2]}"}, r"selections['Nigeria']: 3 probabilities for 2 options"),
+        ({"selections": "{'Nigeria': [1.0]}"}, r"selections['Nigeria']: 1 probabilities for 2 options"),
         ({"selections": "{'Nigeria': [0.5, -0.5]}"}, "selections['Nigeria']: probabilities are due, finite and not negative"),
         ({"selections": "{'Nigeria': [0.5, 'x']}"}, "selections['Nigeria']: probabilities are due"),
         ({"selections": "{'Nigeria': 0.5}"}, "selections['Nigeria']: a list of probabilities is due"),
@@ -251,6 +253,14 @@ def test_goqa_fractions_go_to_the_split_they_name(survey, split_by):
     )
     sizes = {split: len(part) for split, part in goqa.load("goqa_0", settings, 0).items()}
     assert 40 <= sizes["test"] <= 80 and 2 <= sizes["validation"] <= 20 and sum(sizes.values()) == 200
+
+
+@pytest.mark.parametrize("kfold", [None, 1])
+def test_goqa_train_frac_is_a_share_of_all_questions(kfold):
+    settings = goqa.Settings(train_frac=0.3, kfold=kfold)
+    places = [goqa.place_question(f"Question {i}?", settings) for i in range(5000)]
+    shares = {place: places.count(place) / 5000 for place in ("train", "test", "validation", None)}
+    assert shares == pytest.approx({"train": 0.3, "test": 0.1, "validation": 0.1, None: 0.5}, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from data.schema import Row
 from engine import stats
-from engine.evaluation import summarize
+from engine.evaluation import share_interval, subset, summarize
 
 
 def record(
@@ -58,6 +60,12 @@ def test_intervals_count_prompts_not_rows():
     assert (found[f"{name}/ci_low"], found[f"{name}/ci_high"]) == pytest.approx((worst.low, worst.high))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_where_all_rows_agree_the_interval_is_that_of_as_many_prompts(share):
+    found, prompts = share_interval([share] * 5, ["p", "p", "p", "q", "r"]), stats.wilson(3 * share, 3)
+    assert (found.estimate, found.n) == (share, 3) and (found.low, found.high) == (prompts.low, prompts.high)
+
+
 def test_one_group_is_not_told_apart_and_a_group_without_rows_is_not_the_worst():
     assert not [name for name in summarize(RECORDS[:3], ["a"], "eval") if "group" in name]
     found = summarize(RECORDS[:3], ["a", "b"], "eval")
@@ -67,3 +75,15 @@ def test_one_group_is_not_told_apart_and_a_group_without_rows_is_not_the_worst()
 def test_a_loss_per_token_divides_by_the_tokens():
     found = summarize(RECORDS, ["a", "b"], "eval", unit="token")
     assert found["eval/loss/group_a"] == pytest.approx(9 / 12)
+
+
+def test_n_eval_examples_keeps_the_same_rows_of_each_group_in_data_order():
+    ids = np.array([1], dtype=np.int32)
+    groups = [0, 1, 0, 0, 2, 0, 2, 0, 2, 2]
+    rows = [Row(str(i), ids, (ids,), ("target",), g, str(i)) for i, g in enumerate(groups)]
+    kept = subset(rows, 3, "test")
+    assert [[row.group for row in kept].count(g) for g in (0, 1, 2)] == [3, 1, 3]
+    assert [row.uid for row in kept] == sorted(row.uid for row in kept)
+    assert subset(rows, 3, "test") == kept and subset(rows, None, "test") == rows
+    chosen = {tuple(row.uid for row in subset(rows, 3, name)) for name in "abcdefgh"}
+    assert len(chosen) > 1  # drawn, not the first three: files are often sorted
