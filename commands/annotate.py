@@ -215,7 +215,7 @@ def fold_scorer(
         )
     folder = out / "cross_fit" / f"fold_{fold}"
     for name, part_ in (("train", others), ("test", mine)):
-        jsonl.write(folder / f"{name}.jsonl", [jsonl.without_auxiliary(one.row) for one in part_])
+        write_fold(folder / f"{name}.jsonl", [jsonl.without_auxiliary(one.row) for one in part_])
     common = tuple(f"data.{key}=" for key in DataConfig.__dataclass_fields__)
     ours = ("datasets=", "data.", "exp_name=", "run_dir=")
     kept = [w for w in run.words if not w.startswith(ours) or w.startswith(common)]
@@ -233,6 +233,15 @@ def fold_scorer(
     )
     train(compose(kept), kept)
     return mine, f"{folder}/run/LATEST"
+
+
+def write_fold(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse other rows than those there: a finished scorer is not trained again, and may have seen what it would score."""
+    if path.exists() and path.read_text(encoding="utf-8") != jsonl.as_lines(rows):
+        raise UserError(
+            f"{path}: was made from other rows or for another annotate.cross_fit; name another annotate.out, or delete it"
+        )
+    jsonl.write(path, rows)
 
 
 def score_folds(
@@ -289,7 +298,9 @@ def score(
             made = [{"failed": f} if isinstance(f, str) else {"log_odds": f.tolist()} for f in found]
             output.append({"uid": one.example.uid, **f} for one, f in zip(part_, made, strict=True))
             bar.update(len(part_))
-    lines = (json.loads(line) for line in where.read_text(encoding="utf-8").splitlines())
+    lines = map(
+        json.loads, where.read_bytes().splitlines()
+    )  # as bytes: a uid may hold what ends a line of text
     scored = {row.pop("uid"): row | {"from": identity} for row in lines}
     report_failures(name, scored)
     return scored
@@ -368,8 +379,7 @@ def report_seen_labels(
 
 def write_split(path: Path, rows: Sequence[Labelled], scored: dict[str, Any], temperature: float) -> None:
     """The rows with their preferences, as a whole file."""
-    made = [annotated(one, scored[one.example.uid], temperature) for one in rows]
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    jsonl.write(path, [annotated(one, scored[one.example.uid], temperature) for one in rows])
 
 
 def annotated(one: Labelled, found: dict[str, Any], temperature: float) -> dict[str, Any]:

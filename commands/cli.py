@@ -34,7 +34,7 @@ def entry(
         options = build(settings, own, f"{name}.")
         work(compose([*defaults, *rest]), options)
     except UserError as error:
-        for line in str(error).splitlines():
+        for line in str(error).replace("<command>.", f"{name}.").splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -6,12 +6,14 @@ request, so that a killed command asks nothing twice. The API key comes from the
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -67,8 +69,10 @@ class JudgeSettings:
     workers: int = 8
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"<command>.judge.url={self.url}: must start with http:// or https://")
+        if not self.url.startswith(("http://", "https://")) or not _names_a_host(self.url):
+            raise UserError(
+                f"<command>.judge.url={self.url}: must be http:// or https:// and a host, e.g. https://api.openai.com/v1"
+            )
         for key, least in (("retries", 0), ("workers", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"<command>.judge.{key}={getattr(self, key)}: must be at least {least}")
@@ -242,14 +246,18 @@ class Judge:
                 with urllib.request.urlopen(request, timeout=s.timeout_s) as response:
                     return _content(response.read())
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {_first_words(error.read())}"
+                problem = f"HTTP {error.code}: {_error_body(error)}"
                 if error.code not in RETRIED and error.code < 500:
                     raise UserError(
                         f"<command>.judge.url={s.url} judge.model={s.model}: {problem}; is ${s.key_env} set and right?"
                     ) from None
                 wait = _retry_after(error.headers.get("Retry-After"), wait)
-            except (urllib.error.URLError, TimeoutError, ConnectionError, _BadAnswer) as error:
-                problem = str(error)
+            except (
+                OSError,
+                http.client.HTTPException,
+                _BadAnswer,
+            ) as error:  # also in the middle of an answer
+                problem = str(error) or type(error).__name__
             if attempt < s.retries:
                 self._count("retried")
                 # spread out, or all workers come back at the same moment
@@ -304,6 +312,21 @@ def _content(raw: bytes) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         raise _BadAnswer(f"not a chat completion: {_first_words(raw)}") from None
     return content if isinstance(content, str) else ""
+
+
+def _error_body(error: urllib.error.HTTPError) -> str:
+    try:
+        return _first_words(error.read())
+    except (OSError, http.client.HTTPException):
+        return error.reason
+
+
+def _names_a_host(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0 and not re.search(r"[\x00-\x20\x7f]", url)
+    except ValueError:  # an unclosed [, or a port that is no number
+        return False
 
 
 def _first_words(raw: bytes) -> str:

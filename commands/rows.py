@@ -12,7 +12,7 @@ from typing import Any
 from data import local
 from data.jsonl import RawRow, read_jsonl
 from data.schema import Example, Text
-from utils import UserError, make_folder
+from utils import UserError, make_folder, write_atomic
 
 Json = dict[str, Any]
 KEPT_SCALARS = (
@@ -96,7 +96,12 @@ def without_auxiliary(row: Mapping[str, Any]) -> Json:
     return {k: v for k, v in row.items() if k not in dropped}
 
 
+def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A whole JSONL file."""
+    """A whole JSONL file, atomically."""
     make_folder(path.parent)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_atomic(path, as_lines(rows))

@@ -144,10 +144,10 @@ def sample_split(
 ) -> None:
     """Write DIR/<split>.jsonl; rows that are there already stay."""
     number = 2 * settings.num_pairs if split in settings.splits else 0
-    prompts = content_hash([[row.uid, row.prompt.tolist(), room(row, run, settings)] for row, _ in pairs])
-    output = Output(
-        Path(settings.out) / f"{split}.jsonl", {**origin, "responses": number, "prompts": prompts[:16]}
+    read = content_hash(
+        [[row.prompt.tolist(), room(row, run, settings), jsonl.to_row(example)] for row, example in pairs]
     )
+    output = Output(Path(settings.out) / f"{split}.jsonl", {**origin, "responses": number, "rows": read[:16]})
     todo = [(row, example) for row, example in pairs if row.uid not in output.done]
     log.info("%s: %d rows, %d of them already there", split, len(pairs), len(pairs) - len(todo))
     step = max(1, settings.batch_size // max(number, 1)) * CHUNKS

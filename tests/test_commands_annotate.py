@@ -28,7 +28,7 @@ from utils import UserError
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def pair(uid: str, prompt: str, chosen: str, rejected: str, *aux: list[str], **more) -> dict:
@@ -219,6 +219,12 @@ def test_an_interrupted_command_continues(folder, monkeypatch):
         function(folder, "matrix")
 
 
+def test_a_name_may_hold_a_line_separator(tmp_path):
+    jsonl.write(tmp_path / "in" / "train.jsonl", [pair("a\u2028b", "P", "yes", "no", ["a", "bb"])])
+    (row,) = function(tmp_path, "lengths", calibrate="none")
+    assert row["uid"] == "a\u2028b" and row["aux_preferences"] == [pytest.approx(sigmoid(-0.1))]
+
+
 # ---------------------------------------------------------------------------------------------- trained scorers
 
 
@@ -300,6 +306,10 @@ def test_folds_are_scored_by_models_that_have_not_seen_their_prompts(folder):
     before = (folder / "out" / "train.jsonl").read_bytes()
     annotate.run(run_of(folder, *words), settings(folder, cross_fit=2))  # nothing is trained again
     assert (folder / "out" / "train.jsonl").read_bytes() == before
+    with pytest.raises(
+        UserError, match=r"fold_0/train.jsonl: was made from other rows or for another annotate"
+    ):
+        annotate.run(run_of(folder, *words), settings(folder, cross_fit=3))
     with pytest.raises(UserError, match="use fewer folds"):
         annotate.run(
             run_of(folder, *words), Settings(data=str(folder / "in"), out=str(folder / "o2"), cross_fit=50)

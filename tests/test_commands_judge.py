@@ -18,7 +18,8 @@ from utils import UserError
 
 
 class Server:
-    """Answers chat completions with ``answer(body)``: text, an HTTP status with headers, or raw bytes."""
+    """Answers chat completions with ``answer(body)``: text, an HTTP status with headers and bytes, None to hang up, or the
+    bytes of a whole HTTP answer."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any]) -> None:
         self.answer, self.bodies, self.headers, self.paths = answer, [], [], []
@@ -35,8 +36,9 @@ class Server:
                     found = owner.answer(body)
                 if isinstance(found, str):
                     found = (200, {}, json.dumps({"choices": [{"message": {"content": found}}]}).encode())
-                if found is None:  # hang up
-                    self.connection.close()
+                if found is None or isinstance(found, bytes):
+                    self.wfile.write(found or b"")
+                    self.close_connection = True
                     return
                 status, headers, content = found
                 self.send_response(status)
@@ -142,6 +144,24 @@ def test_failures_are_tried_again_with_growing_pauses(tmp_path):
         assert low * base <= pause <= high * base
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"cho',
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n50\r\n{",
+        b"HTTP/1.1 503 Down\r\nContent-Length: 500\r\n\r\nx",
+        b"what?\r\n\r\n",
+    ],
+    ids=["answer", "chunk", "error", "head"],
+)
+def test_a_connection_lost_in_the_middle_is_tried_again(tmp_path, answer):
+    script = [answer, "[[A]]", "[[B]]"]
+    with serving(lambda body: script.pop(0)) as server:
+        judge, _ = judge_of(server, tmp_path, workers=1)
+        assert judge(QUESTIONS[:1]) == [Verdict(1.0, 1.0)]
+    assert judge.counts["retried"] == 1
+
+
 def test_giving_up_says_what_happened_and_keeps_what_was_answered(tmp_path):
     def fails_for_no(body: dict[str, Any]) -> Any:
         return (500, {}, b"out of order") if "no" in responses(body) else "[[A]]"
@@ -225,7 +245,10 @@ def test_a_template_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"url": "example.org"}, "must start with http"),
+        ({"url": "example.org"}, "must be http"),
+        ({"url": "http://"}, "and a host"),
+        ({"url": "http://my host/v1"}, "and a host"),
+        ({"url": "http://[::1/v1"}, "and a host"),
         ({"workers": 0}, "workers=0"),
         ({"timeout_s": 0.0}, "timeout_s=0"),
     ],

@@ -132,8 +132,23 @@ def test_an_interrupted_command_continues_to_the_same_file(drawn, tmp_path):
     assert file.stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"made with other settings \(.*num_pairs: 2 -> 1"):
         sample.run(run_of(drawn), Settings(out=str(tmp_path / "out"), max_new_tokens=6, check=0))
-    with pytest.raises(UserError, match=r"made with other settings \(.*prompts:"):
+    with pytest.raises(UserError, match=r"made with other settings \(.*rows:"):
         sample.run(run_of(drawn, "data.opinions.data_seed=1"), settings)
+
+
+def test_rows_whose_labels_were_edited_are_not_kept(tmp_path):
+    """Same prompts and so the same draws, but the labelled pairs in the file would be the old ones."""
+    data = tmp_path / "data.jsonl"
+    words = ["datasets=[local]", f"data.local.path={data}"]
+    row = {"prompt": "P", "chosen": "yes", "rejected": "no", "p_chosen": 0.9}
+    settings = Settings(out=str(tmp_path / "out"), max_new_tokens=3, check=0)
+    for changed in ({}, {"chosen": "no", "rejected": "yes"}, {"p_chosen": 0.6}, {"weight": 2.0}):
+        data.write_text("".join(json.dumps(row | changed | {"prompt": f"P{i}"}) + "\n" for i in range(4)))
+        if not changed:
+            sample.run(run_of(tmp_path, data=words), settings)
+            continue
+        with pytest.raises(UserError, match=r"made with other settings \(rows:"):
+            sample.run(run_of(tmp_path, data=words), settings)
 
 
 @pytest.mark.slow
