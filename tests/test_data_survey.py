@@ -343,6 +343,20 @@ def test_oqa_prompt_to_the_letter(caplog):
     assert "1 questions whose last option has no probability" in caplog.text
 
 
+def test_oqa_modes_draw_the_pairs_that_they_name():
+    drawn = {
+        mode: {
+            oqa.draw((0.5, 0.2, 0.3), "Q?", oqa.Settings(mode=mode, pair_seed=seed))[0] for seed in range(60)
+        }
+        for mode in ("best_worst", "best_random", "random")
+    }
+    assert drawn == {
+        "best_worst": {(0, 1)},
+        "best_random": {(0, 1), (0, 2)},
+        "random": {(0, 1), (0, 2), (2, 1)},
+    }
+
+
 def test_oqa_names_may_be_written_with_underscores():
     for name in ("oqa_INCOME_Less than $30,000", "oqa_INCOME_less_than_30_000"):
         (example,) = load_oqa(name)["train"]
