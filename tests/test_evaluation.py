@@ -7,7 +7,7 @@ import pytest
 
 from data.schema import Row
 from engine import stats
-from engine.evaluation import share_interval, subset, summarize
+from engine.evaluation import subset, summarize
 
 
 def record(
@@ -58,12 +58,6 @@ def test_intervals_count_prompts_not_rows():
     )  # of two prompts each, not of three rows
     name = "eval/rewards/accuracies/worst_group"
     assert (found[f"{name}/ci_low"], found[f"{name}/ci_high"]) == pytest.approx((worst.low, worst.high))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_where_all_rows_agree_the_interval_is_that_of_as_many_prompts(share):
-    found, prompts = share_interval([share] * 5, ["p", "p", "p", "q", "r"]), stats.wilson(3 * share, 3)
-    assert (found.estimate, found.n) == (share, 3) and (found.low, found.high) == (prompts.low, prompts.high)
 
 
 def test_one_group_is_not_told_apart_and_a_group_without_rows_is_not_the_worst():
