@@ -190,6 +190,11 @@ def warnings_about(loaded: Loaded, methods: Sequence[str]) -> list[str]:
     commits = sorted({c[:7] for i in runs for c in i.commits})
     if len(commits) > 1:
         found.append(f"runs come from {len(commits)} commits: {listing(commits)}")
+    restored = sum(i.restored for i in runs)
+    if restored:
+        found.append(
+            f"{restored} of {len(runs)} runs end with their best weights restored: the last point is theirs"
+        )
     unfinished = [i.run for i in runs if not i.finished]
     if unfinished:
         found.append(f"not finished: {listing(unfinished)}")

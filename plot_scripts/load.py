@@ -29,7 +29,17 @@ COLUMNS = ["run", "config_hash", "seed", "step", "examples", "split", "group", "
 KEY = ["run", "split", "metric", "group"]
 # keys of a row that say where it stands rather than what was measured
 PLACE = frozenset(
-    {"kind", "split", "step", "examples", "epoch", "time", "counters/examples", "counters/updates"}
+    {
+        "kind",
+        "split",
+        "step",
+        "examples",
+        "epoch",
+        "time",
+        "restored_from",
+        "counters/examples",
+        "counters/updates",
+    }
 )
 # keys of a config that may differ between runs of one method
 NOT_METHOD = re.compile(
@@ -65,6 +75,7 @@ class RunInfo:
     commits: tuple[str, ...]
     dirty: bool
     finished: bool
+    restored: bool  # it ends with its best weights; their evaluation stands in place of the last weights'
     config: Mapping[str, Any]
 
 
@@ -206,6 +217,7 @@ def _describe(raw: RawRun, by: Sequence[str], labels: Mapping[str, str]) -> RunI
         commits=tuple(dict.fromkeys(g["commit"] for g in git if g.get("commit"))),
         dirty=any(g.get("dirty") for g in git),
         finished=raw.finished,
+        restored=any(row.get("restored_from") is not None for row in raw.rows),
         config=config,
     )
     automatic = _automatic(info, by)

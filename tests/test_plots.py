@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 from engine.metric_names import older_names
 from engine.stats import cluster_mean, wilson
 from plot_scripts import canvas, load, plot_from_wandb_full_metrics, plot_from_wandb_paper_plots
-from plot_scripts.aggregate import bar, curve
+from plot_scripts.aggregate import bar, curve, warnings_about
 from plot_scripts.draw import FIGURES, Figure, compose, draw_figure, read_figure
 from plot_scripts.make_figures import main as make_figures
 from plot_scripts.panels import Panel, draw_curves
@@ -116,6 +116,20 @@ def test_of_a_value_written_twice_the_last_counts_and_what_is_not_finite_is_note
     loaded = load.load_directories([folder])
     assert loaded.series["dpo_seed_0", "test", "loss", ""][1][-1] == 0.125
     assert any("1 values are not finite" in note for note in loaded.notes)
+
+
+def test_the_restored_best_weights_are_the_last_point_and_the_figure_says_so(tmp_path):
+    folder = make_run(tmp_path, "dpo", 0)
+    again = {"kind": "eval", "split": "test", "step": 50, "examples": 500, "test/loss": 0.125}
+    assert not [w for w in warnings_about(load.load_directories([folder]), ["dpo"]) if "restored" in w]
+    with (folder / "metrics.jsonl").open("a") as handle:
+        handle.write(json.dumps(again | {"restored_from": 300}) + "\n")
+    loaded = load.load_directories([folder])
+    assert loaded.series["dpo_seed_0", "test", "loss", ""][1][-1] == 0.125
+    assert "restored_from" not in set(loaded.table["metric"])
+    assert any(
+        w.startswith("1 of 1 runs end with their best weights") for w in warnings_about(loaded, ["dpo"])
+    )
 
 
 def test_runs_are_found_under_folders_and_by_pattern_and_mistakes_are_named(runs):
