@@ -29,10 +29,12 @@ HOLDOUT_TOKENS = 16384  # tokens scored together when all training rows are
 disable_progress_bar()  # of every small file that transformers writes
 
 
-def build_scorer(run: Run, model: torch.nn.Module, output: models.Output | None = None) -> scoring.Scorer:
-    """``output``: what the model's head gives; None: what the loss needs of the policy."""
+def build_scorer(
+    run: Run, model: torch.nn.Module, output: models.Output | None = None, device: torch.device | None = None
+) -> scoring.Scorer:
+    """``output``: what the model's head gives; None: what the loss needs of the policy. ``device``: as in `scoring.Scorer`."""
     s, output = run.config.scoring, output or run.loss.needs.output
-    scorer = scoring.Scorer(model, layout=s.layout, output=output, chunk_tokens=s.chunk_tokens)
+    scorer = scoring.Scorer(model, layout=s.layout, output=output, chunk_tokens=s.chunk_tokens, device=device)
     if run.config.compile:
         compilation.compile_blocks(model, run.model.block_name)
     if scorer.fallback_reason:
@@ -43,7 +45,7 @@ def build_scorer(run: Run, model: torch.nn.Module, output: models.Output | None 
 def verify_scorer(run: Run, scorer: scoring.Scorer, rows: Sequence[Row]) -> None:
     """Score a first few rows both ways; refuse to go on past the tolerance."""
     if run.config.scoring.verify and rows:
-        exact = next(scorer.parameters()).dtype == torch.float64
+        exact = next(scorer.parameters()).dtype == torch.float64 and run.model.fsdp_policy_mp is None
         tolerance = 1e-9 if exact else run.config.scoring.tolerance
         with runtime.full_float32():
             gap = scoring.verify(scorer, Batch.collate(list(rows[:4])), run.loss.needs.policy, tolerance)
@@ -79,7 +81,7 @@ class RunModels:
         model = self.build_policy(self._where_to_build(needs.output, needs.dim))
         if self.config.activation_checkpointing:
             models.enable_activation_checkpointing(model)
-        return self._spread(build_scorer(self.run, model), needs.output)
+        return self._spread(build_scorer(self.run, model, device=self.world.device), needs.output)
 
     @cached_property
     def reference_scorer(self) -> scoring.Scorer:
@@ -91,7 +93,7 @@ class RunModels:
             device=self._where_to_build("logps"),
             tokenizer=self.tokenizer,
         )
-        return self._spread(build_scorer(self.run, model, "logps"), "logps")
+        return self._spread(build_scorer(self.run, model, "logps", self.world.device), "logps")
 
     def holdout_losses(self, tuned: str, start: str) -> np.ndarray:
         """(N,) losses of the training rows under two fixed models, which are dropped afterwards; see engine.selection."""

@@ -142,7 +142,7 @@ class Trainer:
 
     def step(self, rows: Sequence[Row]) -> float:
         """One optimizer step on ``rows``; the mean loss."""
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for batch in self._batches(rows):
             with self._cast():
                 policy = self.policy(batch, self.workload.roles)
@@ -153,8 +153,8 @@ class Trainer:
                         reference = self.reference(batch, self.workload.roles)
             loss = self.workload.loss(policy, reference, batch).losses.sum() / len(rows)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(self.trained, 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total
+        return total.item()

@@ -6,11 +6,12 @@ prompt and causally to their own branch. Nothing is padded and no mask over the 
 
 - on the CPU (and anywhere as a fallback) one `scaled_dot_product_attention` call per block, which keeps the cost at the
   pairs that may attend and lets autograd add up the gradients of a shared prompt;
-- on CUDA one FlexAttention call with a block-sparse mask, compiled once with dynamic lengths.
+- on CUDA one FlexAttention call with a block-sparse mask, compiled once with dynamic lengths, where `flex_works`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -24,9 +25,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from engine.layouts import Block
+from utils import log
 
 NAME = "shared_prefix"
 FLEX_BLOCK = 128  # FlexAttention's tile
+# relative error by which two correct kernels may differ; a wrong mask shows as 0.1 or more. float32: products may be TF32
+FLEX_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of one dtype as tensors on ``device``, in one copy that a GPU's host does not wait for."""
+    flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([a.size for a in arrays])
+    return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
 class Trees:
@@ -89,30 +102,20 @@ def _flex_mask(first: np.ndarray, stop: np.ndarray, own: np.ndarray, device: tor
     tiles = np.arange(0, length, FLEX_BLOCK)
     some = np.logical_or.reduceat(touches, tiles, axis=0)
     full = np.logical_and.reduceat(inside, tiles, axis=0)
-    partial_count, partial_index = _ordered(some & ~full, device)
-    full_count, full_index = _ordered(full, device)
-    first_t, stop_t, own_t = (torch.from_numpy(x).to(device, non_blocking=True) for x in (first, stop, own))
+    first_t, stop_t, own_t, *tiles_t = to_device(
+        (first, stop, own, *_ordered(some & ~full), *_ordered(full)), device
+    )
 
     def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & ((k >= own_t[q]) | ((k >= first_t[q]) & (k < stop_t[q])))
 
-    return BlockMask.from_kv_blocks(
-        partial_count,
-        partial_index,
-        full_count,
-        full_index,
-        FLEX_BLOCK,
-        may_look,
-        seq_lengths=(length, length),
-    )
+    return BlockMask.from_kv_blocks(*tiles_t, FLEX_BLOCK, may_look, seq_lengths=(length, length))
 
 
-def _ordered(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def _ordered(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(num, num) bool -> (1, 1, num) counts and (1, 1, num, num) tile indices, wanted ones first, int32."""
     index = np.argsort(~tiles, axis=1, kind="stable").astype(np.int32)
-    count = tiles.sum(axis=1).astype(np.int32)
-    to = {"device": device, "non_blocking": True}
-    return torch.from_numpy(count)[None, None].to(**to), torch.from_numpy(index)[None, None].to(**to)
+    return tiles.sum(axis=1).astype(np.int32)[None, None], index[None, None]
 
 
 @cache
@@ -147,15 +150,53 @@ def _by_blocks(
     return torch.cat(outs, dim=2)
 
 
+def _dtype(query: Tensor) -> torch.dtype:
+    """What is multiplied in: autocast does not know FlexAttention, and rotary queries and keys come in float32."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
 def _by_flex(query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float | None) -> Tensor:
     """As `_by_blocks` without dropout, in one call."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(
-        kind
-    ):  # autocast does not know FlexAttention: rotary queries and keys come in float32
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    query, key, value = (x.to(_dtype(query)) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     return _compiled_flex()(query, key, value, block_mask=trees.block_mask, scale=scale, enable_gqa=gqa)
+
+
+@cache
+def flex_works(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether FlexAttention compiles for heads of this shape and agrees with `_by_blocks`, values and gradients.
+
+    It need not: a GPU's shared memory does not hold the float32 tiles of wide heads, for one. Tried once in a process.
+    """
+    blocks = (Block(None, (150,)), Block(0, (90, 60)), Block(None, (40,)), Block(2, (100,)))
+    trees = Trees(blocks, device, flex=True)
+    draw = torch.Generator(device).manual_seed(0)
+    *inputs, upstream = (
+        torch.randn(1, n, sum(trees.sizes), head_dim, generator=draw, device=device, dtype=dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+
+    def results(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            out = attend(*leaves)
+        grads = torch.autograd.grad(out, leaves, upstream)
+        return torch.cat([x.detach().flatten().double() for x in (out, *grads)])
+
+    try:
+        found = results(lambda q, k, v: _by_flex(q, k, v, trees, None))
+        expected = results(lambda q, k, v: _by_blocks(q, k, v, trees, 0.0, None))
+        error = float((found - expected).norm() / expected.norm())
+        why = f"relative error {error:.1e}" if not error <= FLEX_TOLERANCE[dtype] else None
+    except Exception as reason:  # noqa: BLE001 - compilers raise what they like; the other kernel does without them
+        why = f"{type(reason).__name__}: {str(reason).strip().splitlines()[0]}"
+    name = f"{heads}/{kv_heads} heads of {head_dim} in {dtype} on {device}"
+    if why is None:
+        log.info("attention: FlexAttention for %s", name)
+    else:
+        log.warning("attention: no FlexAttention for %s, one SDPA call per block instead (%s)", name, why)
+    return why is None
 
 
 def tree_attention(
@@ -181,7 +222,9 @@ def tree_attention(
     unknown = [n for n in ("softcap", "position_bias", "s_aux") if kwargs.get(n) is not None]
     if unknown:
         raise ValueError(f"{type(module).__name__}: attention with {unknown[0]} has no shared-prefix form")
-    if trees.flex and dropout == 0.0:  # FlexAttention has no dropout
+    shape = query.shape[1], key.shape[1], query.shape[3]
+    # FlexAttention has no dropout
+    if trees.flex and dropout == 0.0 and flex_works(*shape, _dtype(query), query.device):
         out = _by_flex(query, key, value, trees, scaling)
     else:
         out = _by_blocks(query, key, value, trees, dropout, scaling)

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 CPU_TILE_TOKENS = 1024
 CPU_TILE_VOCAB = 512
 CUDA_TILE_BYTES = 512 << 20
-KEEP_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
+KEEP_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 MODULE_CHUNK_TOKENS = 256  # tokens of a chunk of `module_logps`
 MIN_KEPT_TOKENS = 32  # fewer are not worth a tile of their own
 
@@ -48,18 +48,14 @@ class Workspace:
 
     keep_bytes: int
     owner: object | None = None
-    _memory: dict[str, Tensor] = field(default_factory=dict)
+    _memory: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
     def take(self, name: str, numel: int, like: Tensor) -> Tensor:
         """(numel,) uninitialised memory of ``like``'s dtype and device."""
-        memory = self._memory.get(name)
-        if (
-            memory is None
-            or memory.numel() < numel
-            or memory.dtype != like.dtype
-            or memory.device != like.device
-        ):
-            memory = self._memory[name] = torch.empty(numel, dtype=like.dtype, device=like.device)
+        key = name, like.dtype
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < numel or memory.device != like.device:
+            memory = self._memory[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
         return memory[:numel]
 
 
@@ -109,11 +105,11 @@ class _Products:
     sums: torch.dtype
 
     def into(self, out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-        """out += alpha * a @ b."""
+        """out += alpha * a @ b, in place: a temporary of a weight's gradient would take 2 GB for Gemma's."""
         if self.inputs == self.sums:
             out.addmm_(a, b, alpha=alpha)
         else:
-            out.add_(torch.mm(a.to(self.inputs), b, out_dtype=self.sums), alpha=alpha)
+            torch.addmm(out, a, b, out_dtype=self.sums, alpha=alpha, out=out)
 
     def logits(self, out: Tensor, hidden: Tensor, weight: Tensor, shift: Tensor | None) -> None:
         """out = hidden @ weight^T + shift."""
@@ -125,6 +121,18 @@ class _Products:
             torch.mm(hidden, weight.T, out=out)
         else:
             torch.addmm(shift, hidden, weight.T, out=out)
+
+    def rounded(self, z: Tensor, tile: Tile, workspace: Workspace) -> Tensor:
+        """The tile's exponentials as they are multiplied: ``z``, or a copy with ``inputs`` for numbers in the tile's place."""
+        return (
+            z
+            if self.inputs == self.sums
+            else _place(tile, workspace, z.new_empty(0, dtype=self.inputs)).copy_(z)
+        )
+
+    def scratch(self, tile: Tile, workspace: Workspace, like: Tensor) -> Tensor:
+        """Where the logits of a tile are formed: in its place, if they can stay there."""
+        return _place(tile if self.inputs == self.sums else replace(tile, kept=None), workspace, like)
 
 
 def _products(hidden: Tensor) -> _Products:
@@ -170,7 +178,7 @@ def _exponentials(
     top = like.new_full((len(h),), torch.finfo(like.dtype).min)
     total = torch.zeros_like(top)
     for tile in group:
-        z = _place(tile, workspace, like)
+        z = products.scratch(tile, workspace, like)
         products.logits(z, h, w[tile.vocab], None if b is None else b[tile.vocab])
         new_top = torch.maximum(top, z.amax(1))
         z.sub_(new_top[:, None]).exp_()
@@ -178,6 +186,9 @@ def _exponentials(
         total.mul_(shrink).add_(z.sum(1))
         if mean is not None:
             mean[rows].mul_(shrink[:, None])
+        if mean is not None or tile.kept is not None:
+            z = products.rounded(z, tile, workspace)
+        if mean is not None:
             products.into(mean[rows], z, w[tile.vocab])
         if tile.kept is not None:
             kept_max.append(new_top)
@@ -206,16 +217,15 @@ class _TargetLogps(torch.autograd.Function):
         num, vocab = len(h), len(w)
         num_kept = 0
         if wants.weight or wants.bias:
-            num_kept = min(num, workspace.keep_bytes // (vocab * products.sums.itemsize))
+            num_kept = min(num, workspace.keep_bytes // (vocab * products.inputs.itemsize))
             num_kept = 0 if num_kept < min(num, MIN_KEPT_TOKENS) else num_kept
         groups = plan(num, vocab, *tiling, num_kept)
         ctx.key = object() if num_kept else None
         like = h.new_empty(0, dtype=products.sums)
         if num_kept:
             workspace.owner = ctx.key
-            workspace.take(
-                "kept", num_kept * vocab, like
-            )  # all of it now: growing later would lose what is kept
+            # all of it now: growing later would lose what is kept
+            workspace.take("kept", num_kept * vocab, h)
         lse = like.new_empty(num)
         mean = like.new_zeros(num, h.shape[1]) if wants.hidden else None
         kept_max: list[Tensor] = []
@@ -289,20 +299,22 @@ def _subtract_expected(
             top = next(tops) if tile.kept is not None else None
             if still_kept and top is not None:
                 # exponentials are relative to the tile's own maximum: the correction goes to the (narrower) hidden side
-                p = _place(tile, workspace, lse)
+                p = _place(tile, workspace, h)
                 weight_of_row = row_grad[rows] * (top - lse[rows]).exp_()
                 left = (h[rows] * weight_of_row[:, None]).to(products.inputs)
             else:
-                p = _place(replace(tile, kept=None), workspace, lse)
+                again = replace(tile, kept=None)  # its place may belong to another forward pass by now
+                z = products.scratch(again, workspace, lse)
                 products.logits(
-                    p, h[rows], w[tile.vocab], None if bias is None else bias[tile.vocab].to(p.dtype)
+                    z, h[rows], w[tile.vocab], None if bias is None else bias[tile.vocab].to(z.dtype)
                 )
-                p.sub_(lse[rows, None]).exp_()
+                p = products.rounded(z.sub_(lse[rows, None]).exp_(), again, workspace)
                 weight_of_row, left = row_grad[rows], scaled
             if d_weight is not None:
                 products.into(d_weight[tile.vocab], p.T, left, alpha=-1.0)
             if d_bias is not None:
-                d_bias[tile.vocab].addmv_(p.T, weight_of_row, alpha=-1.0)
+                column = weight_of_row[:, None].to(products.inputs)
+                products.into(d_bias[tile.vocab, None], p.T, column, alpha=-1.0)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ def kernel_id(scorer: nn.Module) -> str:
     Append ``/bf16`` for a Scorer that runs under autocast.
     """
     attention = scorer.model.config._attn_implementation
-    device = next(scorer.model.parameters()).device.type
-    return f"{scorer.layout}/{attention}/{device}/torch {torch.__version__}/transformers {transformers.__version__}"
+    return f"{scorer.layout}/{attention}/{scorer.device.type}/torch {torch.__version__}/transformers {transformers.__version__}"
 
 
 def _key(prompt: np.ndarray, response: np.ndarray) -> bytes:

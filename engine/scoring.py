@@ -53,7 +53,9 @@ class Scorer(nn.Module):
     chunk_tokens     rows of a tile of the vocabulary head; None: what suits the device
     keep_bytes       memory for exponentials kept from the forward to the backward pass, which saves a quarter of the
                      head's arithmetic for the tokens that fit; it does not grow with the batch. None: what suits the
-                     device (256 MiB, 512 MiB on CUDA)
+                     device (256 MiB, 1 GiB on CUDA)
+    device           where it computes, if its parameters are to be moved there, or only lent to it (CPU offload);
+                     None: where they are
 
     Raises UserError when the model's own logits cannot be reproduced from its hidden states.
     """
@@ -66,6 +68,7 @@ class Scorer(nn.Module):
         output: Output = "logps",
         chunk_tokens: int | None = None,
         keep_bytes: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         if layout not in ("padded", "shared_prefix"):
@@ -75,13 +78,12 @@ class Scorer(nn.Module):
         self.model = model
         self.output: Output = output
         self.chunk_tokens = chunk_tokens
-        on_cuda = next(model.parameters()).device.type == "cuda"
-        self.workspace = head.Workspace(
-            head.KEEP_BYTES["cuda" if on_cuda else "cpu"] if keep_bytes is None else keep_bytes
-        )
+        self._device = device
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.workspace = head.Workspace(head.KEEP_BYTES[kind] if keep_bytes is None else keep_bytes)
         self.layout: LayoutName = "padded"
         self.fallback_reason: str | None = None
-        self._flex = False
+        self._flex = self.device.type == "cuda"
         self._window = _sliding_window(self._inner.config)
         self._dummy_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         if layout == "shared_prefix":
@@ -97,8 +99,8 @@ class Scorer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+        """Where it computes."""
+        return self._device or next(self.model.parameters()).device
 
     # ------------------------------------------------------------------ scoring
 
@@ -244,11 +246,9 @@ class Scorer(nn.Module):
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         """Arrays as int64 (bool stays bool) tensors on the model's device, in one asynchronous copy."""
-        if self.device.type != "cuda" or len(arrays) == 1:
-            return [torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in arrays]
-        flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays])).pin_memory()
-        parts = flat.to(self.device, non_blocking=True).split([a.size for a in arrays])
-        return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]
+        return attention.to_device(
+            [a if len(arrays) == 1 else a.astype(np.int64) for a in arrays], self.device
+        )
 
     # ------------------------------------------------------------------ what this model can do
 
@@ -260,11 +260,9 @@ class Scorer(nn.Module):
         before = self._inner.config._attn_implementation
         self._inner.set_attn_implementation(attention.NAME)
         self.layout = "shared_prefix"
-        for flex in (True, False) if self.device.type == "cuda" else (False,):
-            self._flex = flex
-            reason = self._failure()
-            if reason is None:
-                return None
+        reason = self._failure()
+        if reason is None:
+            return None
         self._inner.set_attn_implementation(before)
         self.layout = "padded"
         return reason
@@ -310,11 +308,16 @@ class Scorer(nn.Module):
             example=torch.tensor([0, 0, 0, 1, 1]),
             roles=("probe",) * 5,
         )
-        return _gap(*_both(self, batch, ("probe",))).max().item()
+        device, self._device = self._device, None  # where the parameters are now
+        try:
+            return _gap(*_both(self, batch, ("probe",))).max().item()
+        finally:
+            self._device = device
 
     def _probe_tolerance(self) -> float:
-        dtype = next(self.model.parameters()).dtype
-        if dtype == torch.float32 and self.device.type == "cuda":
+        first = next(self.model.parameters())
+        dtype = first.dtype
+        if dtype == torch.float32 and first.device.type == "cuda":
             return PROBE_TOLERANCE_TF32
         return PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE_HALF)
 

@@ -105,6 +105,35 @@ def test_half_precision_weights_are_multiplied_in_float32():
         np.testing.assert_allclose(ours.float().numpy(), theirs, rtol=2**-8, atol=1e-3)
 
 
+class HalfProducts(head._Products):
+    """CUDA's products of half-precision numbers with float32 sums, played on the CPU; nothing else may be multiplied."""
+
+    def into(self, out, a, b, alpha=1.0):
+        assert a.dtype == b.dtype == self.inputs and out.dtype == self.sums
+        out.add_(a.float() @ b.float(), alpha=alpha)
+
+    def logits(self, out, hidden, weight, shift):
+        assert hidden.dtype == weight.dtype == self.inputs and out.dtype == self.sums
+        out.copy_(hidden.float() @ weight.float().T + (0.0 if shift is None else shift))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kept_tokens", [0, 5, M])
+def test_exponentials_are_rounded_and_kept_as_they_are_multiplied(kept_tokens, bias, monkeypatch):
+    monkeypatch.setattr(head, "_products", lambda hidden: HalfProducts(torch.bfloat16, torch.float32))
+    hidden, weight, b, row, target, upstream = problem(torch.bfloat16, bias=bias)
+    hidden, weight = (x.detach().float().requires_grad_(True) for x in (hidden, weight))  # as under autocast
+    workspace = Workspace(kept_tokens * V * 2)
+    logps = target_logps(hidden, weight, b, row, target, workspace=workspace, chunk_tokens=4)
+    wanted = [hidden, weight] + ([b] if bias else [])
+    grads = torch.autograd.grad(logps, wanted, upstream.float())
+    values, *gradients = oracle(hidden, weight, b, upstream)
+    assert np.abs(logps.detach().numpy() - values).max() < 1e-5
+    for ours, theirs in zip(grads, gradients, strict=False):
+        assert np.linalg.norm(ours.float().numpy() - theirs) < 5e-3 * np.linalg.norm(theirs)
+    assert {dtype for name, dtype in workspace._memory if name == "kept"} <= {torch.bfloat16}
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "all but bias"])
 def test_only_wanted_gradients_are_formed(frozen):
     hidden, weight, b, row, target, upstream = problem()

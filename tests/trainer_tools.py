@@ -105,7 +105,7 @@ def make_trainer(
     config = make_config(**changes)
     world = world or World(0, 1, torch.device("cpu"), "none")
     rows = rows if rows is not None else make_rows()
-    model = model or make_model(kind, dtype)
+    model = (model or make_model(kind, dtype)).to(world.device)
     scorer = Scorer(model, layout=layout)
     plan = Plan(
         rows,
@@ -116,7 +116,7 @@ def make_trainer(
         num_groups=3,
     )
     reference = (
-        LiveReference(Scorer(make_model(kind, dtype, seed=1), layout=layout))
+        LiveReference(Scorer(make_model(kind, dtype, seed=1).to(world.device), layout=layout))
         if loss.needs.reference
         else None
     )

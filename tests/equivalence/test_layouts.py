@@ -82,6 +82,7 @@ def test_flex_attention_with_its_block_mask_changes_nothing(kind, monkeypatch):
         return flex_attention(*args, **kwargs)
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention, "flex_works", lambda *_: True)
     monkeypatch.setattr(attention, "FLEX_BLOCK", 16)  # the row has more tiles than one
     scorer = Scorer(expected(kind)[0])
     monkeypatch.setattr(scorer, "_flex", True)
