@@ -296,11 +296,15 @@ def test_goqa_absent_country_and_empty_split_are_errors(survey, tmp_path):
 
 def test_goqa_repeated_questions_are_used_once(tmp_path, caplog):
     path = tmp_path / "g.jsonl"
-    lines = [row(question=f"Q{i % 40}?", selections={"Nigeria": [0.9, 0.1]}) for i in range(80)]
+    lines = [
+        row(question=f"Q{i % 40}?", selections={"Nigeria": [0.9, 0.1] if i < 40 else [0.2, 0.8]})
+        for i in range(80)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with caplog.at_level(logging.INFO, logger="robust_pref"):
         splits = goqa.load("goqa_0", goqa.Settings(path=str(path)), 0)
-    assert sum(map(len, splits.values())) == 40
+    examples = [example for part in splits.values() for example in part]
+    assert len(examples) == 40 and {e.response("chosen") for e in examples} == {"A"}  # the first is used
     assert "goqa_0: 40 questions skipped: the same question with the same options came before" in caplog.text
 
 

@@ -140,6 +140,12 @@ def test_pairing_resolves_what_two_separate_intervals_cannot():
         paired_difference(a, b[:3])
 
 
+def test_equal_runs_do_not_differ():
+    same = paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    assert (same.estimate, same.low, same.high) == (0.0, 0.0, 0.0) and not same.excludes(0.0)
+    assert Interval(-0.5, -1.0, -0.1, 3).excludes(0.0) and not Interval(-0.5, -1.0, 0.0, 3).excludes(0.0)
+
+
 def test_paired_over_seeds_uses_common_seeds_only():
     got = paired_over_seeds({0: 1.0, 1: 2.0, 2: 9.0}, {0: 0.5, 1: 1.0, 7: 3.0})
     assert got.n == 2

@@ -147,6 +147,7 @@ def test_another_metric_after_a_restart_starts_counting_anew():
 
 def test_a_run_with_one_group_uses_the_pooled_metric():
     assert rule().update({"eval/loss": 1.0}, 1, 100).is_best
+    assert rule("eval/loss/mean_group").update({"eval/loss": 1.0}, 1, 100).is_best
     with pytest.raises(
         UserError, match=r"stopping\.metric=eval/loss/worst_group: the evaluation has no such metric"
     ):
