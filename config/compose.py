@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -89,7 +90,8 @@ def prepare(argv: list[str]) -> list[str]:
     try:
         parsed = OverridesParser.create().parse_overrides([_quoted(word) for word in overrides])
     except HydraException as error:
-        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
+        problem = str(error).splitlines()[0]
+        raise UserError(f"cannot read the command line: {problem}; every word is KEY=VALUE") from error
     words, swept = [], []
     last = {override.key_or_group: i for i, override in enumerate(parsed)}
     for i, override in enumerate(parsed):
@@ -106,6 +108,10 @@ def prepare(argv: list[str]) -> list[str]:
                         f"known: {', '.join(options(key))}"
                     )
             words.append(override.input_line.lstrip("+"))
+        elif key in ("", "dataset"):  # Hydra takes them for a group
+            raise UserError(
+                f"unknown key {override.input_line}; it is datasets=[a,b] and data.<name>.KEY=VALUE"
+            )
         elif key == "hydra":
             raise UserError(f"hydra={override.get_value_element_as_str()}: set a key of it, hydra.KEY=VALUE")
         elif override.is_delete() or key.startswith("hydra"):
@@ -301,6 +307,10 @@ def _model(values: Any) -> Any:
 
     if not isinstance(values, Mapping):
         raise UserError(f"model={values}: choose one of {', '.join(options('model'))}")
+    if values.get("archive") == "":  # an unset shell variable; as a path it is the working directory
+        raise UserError(
+            "model.archive=: an empty path; give RUN/LATEST, or leave it out for the model's own weights"
+        )
     return build(ModelSpec, values, "model.")
 
 
@@ -402,7 +412,8 @@ def _cross_check(run: Run) -> None:
     if config.data.mix_weights is not None:
         unknown = [k for k in config.data.mix_weights if k not in config.datasets]
         missing = [k for k in config.datasets if k not in config.data.mix_weights]
-        if unknown or missing:
+        positive = all(0 < weight < math.inf for weight in config.data.mix_weights.values())
+        if unknown or missing or not positive:
             raise UserError(
                 f"data.mix_weights={config.data.mix_weights}: needs one positive weight for each of datasets={config.datasets}"
             )

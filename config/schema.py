@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
@@ -202,8 +204,15 @@ class Config:
 
     def _problems(self):
         yield from out_of_range(self, "", LIMITS)
-        if not self.exp_name:
-            yield "exp_name=: names the run's directory; give a name, or leave it out"
+        for key in ("run_root", "run_dir", "cache_dir", "token_cache", "reference_cache", "resume_from"):
+            if getattr(self, key) == "":
+                yield f"{key}=: an empty path; name a folder, or leave it out"
+        if os.path.normpath(self.exp_name).split("/")[0] in ("", ".", ".."):  # the empty name is "."
+            yield (
+                f"exp_name={self.exp_name}: names a directory inside run_root; give a name, or run_dir=PATH for another place"
+            )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            yield f"device={self.device}: must be one of auto, cpu, cuda, cuda:N"
         if self.n_epochs is None and self.n_examples is None:
             yield "n_epochs=null n_examples=null: give one of them, or the run would never end"
         if self.max_prompt_length >= self.max_length:

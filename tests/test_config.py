@@ -46,6 +46,18 @@ def test_the_bare_default_composes():
         ("multirun_keys={a:1}", "multirun_keys"),
         ("multirun_keys=true", "multirun_keys"),
         ("exp_name=", "give a name"),
+        ("exp_name=../x", "run_dir=PATH"),
+        ("exp_name=/x", "run_dir=PATH"),
+        ("exp_name=a/..", "run_dir=PATH"),
+        ("run_root=", "run_root=: an empty path"),
+        ("run_dir=", "run_dir=: an empty path"),
+        ("model.archive=", "model.archive=: an empty path"),
+        ("device=mps", "cuda:N"),
+        ("device=meta", "cuda:N"),
+        ("dataset=[hh]", "datasets=[a,b]"),
+        ("=1", "data.<name>.KEY"),
+        ("lr", "KEY=VALUE"),
+        ("data.mix_weights={opinions:-1}", "one positive weight"),
         ("--cfg=job", "key=value"),
         ("seed=glob(*)", "files of a group"),
         ("weighting.class={a:1}", "weighting.class"),
@@ -69,6 +81,11 @@ def test_the_bare_default_composes():
 def test_a_mistake_gets_one_message_with_the_fix(word, says):
     extra = ["loss=dpo", "loss.beta=0.1", "assert_sft_step=false"] if word.startswith("loss.") else []
     assert says in told(*extra, word)
+
+
+@pytest.mark.parametrize("word", ["exp_name=a/b", "exp_name=.hidden", "exp_name='ä b=1'", "device=cuda:1"])
+def test_unusual_names_are_taken(word):
+    assert compose([word]).words == (word,)
 
 
 def test_a_missing_beta_names_the_key():
