@@ -6,8 +6,10 @@ labelled pair (chosen first) and then every auxiliary pair; or, as text, why it 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from engine.preferences import (
     pair_positions,
 )
 from preference_datasets import Counts, Tokenization, tokenize
+from utils import file_hash
 
 Scores = np.ndarray | str
 
@@ -59,6 +62,12 @@ class ModelScorer:
         return [found.get(e.uid, "longer than max_length (truncation=drop)") for e in examples]
 
 
+def source_hash(path: str) -> str | None:
+    """Of the file of ``module:function``, so that scores of an edited one are not kept; None where there is no file."""
+    file = getattr(importlib.import_module(path.partition(":")[0]), "__file__", None)
+    return file_hash(Path(file))[:16] if file else None
+
+
 @dataclass
 class FunctionScorer:
     """``module:function`` called as function(prompt, responses, row), with the responses chosen, rejected and the auxiliary
@@ -68,7 +77,7 @@ class FunctionScorer:
 
     def __post_init__(self) -> None:
         self.function = load_function(self.path, "annotate.function")
-        self.identity = {"scorer": "function", "function": self.path}
+        self.identity = {"scorer": "function", "function": self.path, "source": source_hash(self.path)}
 
     def __call__(self, batch: Sequence[Labelled]) -> list[Scores]:
         return [self._row(one) for one in batch]

@@ -6,6 +6,8 @@ import csv
 import json
 import logging
 import math
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,20 @@ def test_probabilities_of_a_function_are_averaged_over_both_orders(folder):
         gap = len(row["chosen"]) - len(row["rejected"])
         forward, backward = (min(1.0, 0.6 + 0.01 * s * gap) for s in (1, -1))
         assert row["annotation"]["labelled"] == pytest.approx((forward + 1 - backward) / 2)
+
+
+def test_scores_of_a_function_that_was_edited_are_refused(folder, monkeypatch):
+    """The same path to other code: the old scores would be taken for the new function's."""
+    file = folder / "edited_scorer.py"
+    monkeypatch.syspath_prepend(str(folder))
+    how = settings(folder, scorer="function", function="edited_scorer:f", calibrate="none")
+    for factor, refused in ((1, False), (1, False), (-1, True)):
+        file.write_text(
+            f"def f(prompt, responses, row):\n    return [{factor} * len(r) for r in responses]\n"
+        )
+        monkeypatch.delitem(sys.modules, "edited_scorer", raising=False)
+        with pytest.raises(UserError, match=r"other settings \(source: ") if refused else nullcontext():
+            annotate.run(run_of(folder), how)
 
 
 def test_rows_in_the_papers_form_get_its_four_columns(tmp_path):
