@@ -73,14 +73,14 @@ class StepSums:
 
     def add(self, group: Tensor, values: Mapping[str, Tensor], live: bool) -> None:
         """Take in a micro-batch: its (B,) groups and (B,) values; nothing of it where it is not ``live``."""
+        ours = (group[:, None] == torch.arange(self.num_groups)).to(values["loss"].device, non_blocking=True)
         for name, value in values.items():
             value = value.detach().double()
             defined = ~torch.isnan(value) if live else torch.zeros_like(value, dtype=torch.bool)
             stacked = torch.stack([torch.where(defined, value, 0.0), defined.double()])
-            table = self.tables.setdefault(
-                name, torch.zeros(2, self.num_groups, dtype=torch.float64, device=value.device)
-            )
-            table.index_add_(1, group.to(value.device), stacked)
+            # not index_add_, which adds up in any order on a GPU
+            sums = torch.where(ours, stacked[:, :, None], 0.0).sum(1)
+            self.tables[name] = self.tables[name] + sums if name in self.tables else sums
 
     def reduce(self, world: World, norm: Tensor) -> tuple[float, bool]:
         """Sum over ranks -> (``norm``, whether a loss or the norm of any rank is not finite). From here on the sums are on
@@ -156,8 +156,9 @@ class Trainer:
                 reference = self.reference(batch, needs.reference) if needs.reference else None
                 policy = self.policy(batch, needs.policy, needs.tokens)
                 out = self.loss(policy, reference, batch)
-            weighted = batch.weight.to(out.losses) * out.losses
-            robust = self.weighting.weights(batch.group, group_counts, len(part)).to(out.losses)
+            weighted = batch.weight.to(out.losses, non_blocking=True) * out.losses
+            robust = self.weighting.weights(batch.group, group_counts, len(part))
+            robust = robust.to(out.losses, non_blocking=True)
             objective = (robust * weighted).sum() / units
             (objective * (world.gradient_scale if live else 0.0)).backward()
             sums.add(batch.group, {"loss": weighted, "objective": robust * weighted, **out.metrics}, live)

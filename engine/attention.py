@@ -34,12 +34,18 @@ FLEX_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of one dtype as tensors on ``device``, in one copy that a GPU's host does not wait for."""
-    flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]))
+    """Arrays of one dtype as tensors on ``device``, in one copy that a GPU's host does not wait for.
+
+    Each begins at a multiple of 16 bytes: compiled code copies an input that does not before every call.
+    """
+    if not arrays:
+        return []
+    step = 16 // arrays[0].itemsize
+    flat = torch.from_numpy(np.concatenate([np.pad(a.ravel(), (0, -a.size % step)) for a in arrays]))
     if device.type == "cuda":
         flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=True).split([a.size for a in arrays])
-    return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]
+    parts = flat.to(device, non_blocking=True).split([a.size + -a.size % step for a in arrays])
+    return [part[: a.size].view(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
 class Trees:
@@ -54,12 +60,10 @@ class Trees:
     @cached_property
     def masks(self) -> list[Tensor | None]:
         """Per block a bool mask (block tokens, prompt + block tokens), True where a token may look; None: plain causal."""
-        return [
-            None
-            if block.prompt is None
-            else torch.from_numpy(_block_mask(block, self.sizes[block.prompt])).to(self.device)
-            for block in self.blocks
-        ]
+        branches = [block for block in self.blocks if block.prompt is not None]
+        masks = to_device([_block_mask(b, self.sizes[b.prompt]) for b in branches], self.device)
+        found = iter(masks)
+        return [None if block.prompt is None else next(found) for block in self.blocks]
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -88,7 +92,10 @@ def _spans(blocks: tuple[Block, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _flex_mask(first: np.ndarray, stop: np.ndarray, own: np.ndarray, device: torch.device) -> BlockMask:
-    """A query i may look at keys own[i]..i and first[i]..stop[i]-1 (cut at i): a BlockMask built without a (T, T) array."""
+    """A query i may look at keys own[i]..i and first[i]..stop[i]-1 (cut at i): a BlockMask built without a (T, T) array.
+
+    Both directions are worked out here: `BlockMask.from_kv_blocks` would find the second on the device, in many small kernels.
+    """
     length = len(own)
     num = -(-length // FLEX_BLOCK)
     low = np.arange(num) * FLEX_BLOCK  # (num,) first key of each key tile
@@ -102,14 +109,14 @@ def _flex_mask(first: np.ndarray, stop: np.ndarray, own: np.ndarray, device: tor
     tiles = np.arange(0, length, FLEX_BLOCK)
     some = np.logical_or.reduceat(touches, tiles, axis=0)
     full = np.logical_and.reduceat(inside, tiles, axis=0)
-    first_t, stop_t, own_t, *tiles_t = to_device(
-        (first, stop, own, *_ordered(some & ~full), *_ordered(full)), device
-    )
+    part = some & ~full
+    tables = (*_ordered(part), *_ordered(full), *_ordered(part.T), *_ordered(full.T))
+    first_t, stop_t, own_t, *tables_t = to_device((first, stop, own, *tables), device)
 
     def may_look(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & ((k >= own_t[q]) | ((k >= first_t[q]) & (k < stop_t[q])))
 
-    return BlockMask.from_kv_blocks(*tiles_t, FLEX_BLOCK, may_look, seq_lengths=(length, length))
+    return BlockMask((length, length), *tables_t, (FLEX_BLOCK, FLEX_BLOCK), may_look)
 
 
 def _ordered(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -191,17 +191,20 @@ class CachedReference:
         token_logps = None
         if tokens:
             flat = [self._token_logps[k] for k in keys] or [np.empty(0)]
-            token_logps = torch.from_numpy(np.concatenate(flat)).to(self.device, self._value_dtype)
+            token_logps = self._moved(torch.from_numpy(np.concatenate(flat)).to(self._value_dtype))
         return Scored(
-            logps=torch.tensor([self._logps[k] for k in keys], dtype=self._value_dtype, device=self.device),
-            num_tokens=torch.tensor(
-                [len(batch.responses[i]) for i in positions], dtype=torch.long, device=self.device
+            logps=self._moved(torch.tensor([self._logps[k] for k in keys], dtype=self._value_dtype)),
+            num_tokens=self._moved(
+                torch.tensor([len(batch.responses[i]) for i in positions], dtype=torch.long)
             ),
             roles=tuple(batch.roles[i] for i in positions),
-            example=batch.example[positions].to(self.device),
+            example=self._moved(batch.example[positions]),
             num_examples=len(batch),
             token_logps=token_logps,
         )
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     @staticmethod
     def _key_at(batch: Batch, position: int) -> bytes:

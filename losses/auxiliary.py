@@ -68,8 +68,8 @@ def aux_pairs(policy: Scored, batch: Batch, like: Tensor) -> AuxPairs:
     return AuxPairs(
         first=policy.index("aux_1"),
         second=policy.index("aux_2"),
-        example=owner.to(like.device),
-        preference=g_aux.detach().to(like),
-        data_preference=torch.where(count > 0, g, 0.5).detach().to(like),
-        count=count.to(like.device),
+        example=owner.to(like.device, non_blocking=True),
+        preference=g_aux.detach().to(like, non_blocking=True),
+        data_preference=torch.where(count > 0, g, 0.5).detach().to(like, non_blocking=True),
+        count=count.to(like.device, non_blocking=True),
     )

@@ -51,7 +51,7 @@ class Reinforce:
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Any) -> LossOutput:
         logps = policy[ROLE]  # (B,)
-        advantage = batch.scalars["advantage"].to(logps).detach()
+        advantage = batch.scalars["advantage"].to(logps, non_blocking=True).detach()
         if self.kl_coef:
             advantage = advantage - _penalty(logps - reference[ROLE], self.kl_coef)
         return LossOutput(-advantage * logps, {"policy/advantage": advantage, "logps/sample": logps.detach()})
@@ -98,22 +98,25 @@ class PPO:
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Any) -> LossOutput:
         logps = policy[ROLE]  # (B,)
-        advantage = batch.scalars["advantage"].to(logps).detach()
+        advantage = batch.scalars["advantage"].to(logps, non_blocking=True).detach()
         if self.kl_coef:
-            old = batch.scalars["old_logps"].to(logps)
+            old = batch.scalars["old_logps"].to(logps, non_blocking=True)
             advantage = advantage - _penalty(old - reference[ROLE], self.kl_coef)
         if self.level == "sequence":
             owner = torch.arange(logps.numel(), device=logps.device)
-            log_ratio = logps - batch.scalars["old_logps"].to(logps).detach()
+            log_ratio = logps - batch.scalars["old_logps"].to(logps, non_blocking=True).detach()
         else:  # every example has one response, so responses are examples and tokens come in example order
-            owner = torch.repeat_interleave(policy.tokens_of(ROLE))  # (N,) example of each token
-            log_ratio = policy.token_logps - batch.token_scalars["old_logps"].to(logps).detach()
+            # (N,) example of each token; its length is known, so that a GPU need not be asked
+            owner = torch.repeat_interleave(policy.tokens_of(ROLE), output_size=len(policy.token_logps))
+            log_ratio = (
+                policy.token_logps - batch.token_scalars["old_logps"].to(logps, non_blocking=True).detach()
+            )
         ratio = log_ratio.exp()  # (N,) or (B,)
         gain = advantage[owner]
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         terms = torch.maximum(-gain * ratio, -gain * clipped)
         losses = torch.zeros_like(logps).index_add(0, owner, terms)
-        count = torch.bincount(owner, minlength=logps.numel()).to(logps)
+        count = torch.zeros_like(logps).index_add(0, owner, torch.ones_like(terms))
 
         def mean(values: Tensor) -> Tensor:  # (N,) -> (B,) mean over the units of each example
             return torch.zeros_like(logps).index_add(0, owner, values.detach().to(logps)) / count
@@ -157,7 +160,7 @@ class RewardWeighted:
 
     def __call__(self, policy: Scored, reference: Scored | None, batch: Any) -> LossOutput:
         logps = policy[ROLE]  # (B,)
-        weight = (batch.scalars["reward"].to(logps).detach() / self.temperature).exp()
+        weight = (batch.scalars["reward"].to(logps, non_blocking=True).detach() / self.temperature).exp()
         if self.max_weight is not None:
             weight = weight.clamp(max=self.max_weight)
         return LossOutput(-weight * logps, {"policy/weight": weight, "logps/sample": logps.detach()})

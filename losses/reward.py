@@ -21,7 +21,9 @@ def logistic(margin: Tensor) -> Tensor:
 def margin_column(batch: Batch, like: Tensor) -> Tensor:
     """(B,) the column ``margin`` (the reward gap a pair should at least have); 0 for rows without it."""
     margin = batch.scalars.get("margin")
-    return torch.zeros_like(like) if margin is None else margin.detach().to(like).nan_to_num(nan=0.0)
+    if margin is None:
+        return torch.zeros_like(like)
+    return margin.detach().to(like, non_blocking=True).nan_to_num(nan=0.0)
 
 
 def centring(chosen: Tensor, rejected: Tensor, coefficient: float) -> Tensor:

@@ -58,12 +58,14 @@ class Scored:
     num_examples: int
     values: Tensor | None = None
     token_logps: Tensor | None = None
+    _index: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def index(self, role: str) -> Tensor:
         """(A,) int64 positions of ``role`` among the S responses, in batch order."""
-        return torch.tensor(
-            [i for i, r in enumerate(self.roles) if r == role], dtype=torch.long, device=self.example.device
-        )
+        if role not in self._index:
+            where = torch.tensor([i for i, r in enumerate(self.roles) if r == role], dtype=torch.long)
+            self._index[role] = where.to(self.example.device, non_blocking=True)
+        return self._index[role]
 
     def one(self, role: str) -> Tensor:
         """(B,) int64 positions of a role of which every example has exactly one, in example order."""
@@ -139,7 +141,7 @@ def soft_label(batch: Any, like: Tensor) -> Tensor:
     p = batch.scalars.get("p_chosen")
     if p is None:
         return torch.ones_like(like)
-    p = p.to(like)
+    p = p.to(like, non_blocking=True)
     return torch.where(torch.isnan(p), torch.ones_like(p), p).detach()
 
 

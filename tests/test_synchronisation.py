@@ -1,7 +1,7 @@
 """A step fetches what it needs from the device once; nothing else in it makes the host wait.
 
 There is no device here, so it is played: whatever is computed from parameters counts as being on the device, and every way of
-looking at such values is recorded. Batches are on the host, where looking is free.
+looking at such values is recorded, and every copy to it that waits. Batches are on the host, where looking is free.
 """
 
 from __future__ import annotations
@@ -87,6 +87,16 @@ def watch(monkeypatch):
                 return method(x, *args, **kwargs)
 
             monkeypatch.setattr(torch.Tensor, name, look)
+        move = torch.Tensor.to
+
+        def to(x, *args, **kwargs):
+            # numbers of the batch; its indices may have been moved already, which does not show here
+            column = x.is_floating_point() and not device.holds(x)
+            if column and args and device.holds(args[0]) and not kwargs.get("non_blocking"):
+                device.waits.append(f"to in {innermost()}")
+            return move(x, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "to", to)
         with device:
             step()
         monkeypatch.undo()
@@ -123,7 +133,8 @@ def test_a_step_looks_at_the_device_once(case, tmp_path, watch):
     rows = vrpo_rows() if case == "vrpo" else make_rows()
     trainer = make_trainer(tmp_path, loss, rows=rows, dtype=torch.float32, **more)
     trainer.step()  # optimizer state is made in the first
-    device = watch(trainer.step, trainer.parts.policy.parameters())
+    models = trainer.parts.policy, trainer.parts.reference.scorer
+    device = watch(trainer.step, [p for m in models for p in m.parameters()])
     assert len(device.alive) > 500  # it was followed through the model and back
     on_cpu_only = "aten._local_scalar_dense.default in clip_gradients"  # it asks where the norm is, and looks if that is free
     assert set(device.waits) <= {on_cpu_only}
@@ -140,6 +151,7 @@ def test_a_step_looks_at_the_device_once(case, tmp_path, watch):
         lambda x: torch.nonzero(x),
         lambda x: (2 * x).detach().numpy(),
         lambda x: (2 * x).tolist(),
+        lambda x: torch.ones(4).to(2 * x),
     ],
 )
 def test_looks_are_seen(look, watch):
