@@ -49,7 +49,7 @@ def wide_model(kind: str, dtype: torch.dtype = torch.float64):
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
-                p.mul_(0.5)
+                p.mul_(0.25)  # or bfloat16 loses everything in gemma's norms
     return model
 
 
@@ -81,7 +81,7 @@ def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("flex", [True, False], ids=["flex", "blocks"])
 @pytest.mark.parametrize(
-    ("precision", "gap", "error"), [("fp32", 2e-4, 1e-4), ("tf32", 2e-2, 2e-2), ("bf16", 1.0, 0.1)]
+    ("precision", "gap", "error"), [("fp32", 2e-4, 1e-4), ("tf32", 2e-2, 2e-2), ("bf16", 0.2, 0.05)]
 )
 def test_log_probs_and_gradients_are_those_of_plain_rows(expected, precision, gap, error, flex, monkeypatch):
     kind, logps, grads = expected
