@@ -138,7 +138,7 @@ def _mean(values: Sequence[float]) -> float:
 def summarize(
     records: Sequence[Mapping[str, Any]], groups: Sequence[str], prefix: str, unit: str = "example"
 ) -> dict[str, float]:
-    """Records -> metrics: means overall and per group, worst and mean over groups, 95 % intervals of reward accuracy.
+    """Records -> metrics: means overall and per group, worst and mean over groups, 95 % intervals of every accuracy.
 
     Losses count an example's weight (divided by the number of examples, or of response tokens for unit="token").
     The interval is Wilson's where every prompt occurs once, and a cluster bootstrap by prompt where prompts repeat (Wilson's
@@ -165,10 +165,7 @@ def summarize(
     out[f"{prefix}/num_examples"] = float(len(records))
     if len(groups) > 1:
         out |= {f"{prefix}/group_counts/group_{g}": float(len(members[g])) for g in present}
-    for name in (
-        "rewards/accuracies",
-        "policy_accuracies",
-    ):  # the reference's never change: a look at them is enough
+    for name in ACCURACIES:
         if any(name in r for r in records):
             out |= _accuracy_intervals(records, members, name, f"{prefix}/{name}", len(groups) > 1)
     return out

@@ -60,6 +60,15 @@ def test_intervals_count_prompts_not_rows():
     assert (found[f"{name}/ci_low"], found[f"{name}/ci_high"]) == pytest.approx((worst.low, worst.high))
 
 
+def test_every_accuracy_has_its_interval():
+    names = "policy_accuracies", "reference_accuracies"
+    found = summarize([r | {n: r["rewards/accuracies"] for n in names} for r in RECORDS], ["a", "b"], "eval")
+    intervals = {k: v for k, v in found.items() if k.startswith("eval/rewards/accuracies/") and "/ci_" in k}
+    assert len(intervals) == 8  # overall, two groups and the worst: two ends each
+    for name in names:
+        assert {k: found[k.replace("rewards/accuracies", name)] for k in intervals} == intervals
+
+
 def test_one_group_is_not_told_apart_and_a_group_without_rows_is_not_the_worst():
     assert not [name for name in summarize(RECORDS[:3], ["a"], "eval") if "group" in name]
     found = summarize(RECORDS[:3], ["a", "b"], "eval")
