@@ -62,7 +62,9 @@ def test_intervals_count_prompts_not_rows():
 
 def test_every_accuracy_has_its_interval():
     names = "policy_accuracies", "reference_accuracies"
-    found = summarize([r | {n: r["rewards/accuracies"] for n in names} for r in RECORDS], ["a", "b"], "eval")
+    found = summarize(
+        [r | dict.fromkeys(names, r["rewards/accuracies"]) for r in RECORDS], ["a", "b"], "eval"
+    )
     intervals = {k: v for k, v in found.items() if k.startswith("eval/rewards/accuracies/") and "/ci_" in k}
     assert len(intervals) == 8  # overall, two groups and the worst: two ends each
     for name in names:
