@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from config.compose import Run, prepare, resolve
+from config.compose import Run, composition_problem, prepare, resolve
 from utils import UserError, log, rank, setup_logging
 
 ROOT = Path(__file__).resolve().parent
@@ -120,8 +120,7 @@ def exit_code(job: Callable[[], object]) -> int:
     except UserError as error:
         return fail(error, str(error), 2)
     except (HydraException, OmegaConfBaseException) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return fail(error, first, 2)
+        return fail(error, composition_problem(error), 2)
     except Exception as error:  # noqa: BLE001 - the last line of defence: told in full, exit code 1
         told = {"PeerLost", "MainFailed", "NonFiniteError"} & {
             type(error).__name__

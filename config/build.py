@@ -71,7 +71,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{key}={value}: must be a mapping, e.g. {key}={{a: 1}}")
         item = args[1] if args else Any
-        return {k: convert(item, v, f"{key}.{k}") for k, v in value.items()}
+        return {str(k): convert(item, v, f"{key}.{k}") for k, v in value.items()}
     return _convert_scalar(hint, value, key)
 
 

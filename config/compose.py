@@ -87,11 +87,7 @@ def prepare(argv: list[str]) -> list[str]:
     not know reaches our own message ("did you mean") instead of its."""
     flags, overrides = split_flags(argv)
     overrides = translate(overrides)
-    try:
-        parsed = OverridesParser.create().parse_overrides([_quoted(word) for word in overrides])
-    except HydraException as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(f"cannot read the command line: {problem}; every word is KEY=VALUE") from error
+    parsed = [_parsed(word) for word in overrides]
     words, swept = [], []
     last = {override.key_or_group: i for i, override in enumerate(parsed)}
     for i, override in enumerate(parsed):
@@ -142,10 +138,27 @@ def _need_launcher(name: str) -> None:
         raise UserError(f"hydra/launcher={name}: not installed; pip install hydra-submitit-launcher")
 
 
+def _parsed(word: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(_quoted(word))
+    except HydraException as error:
+        raise UserError(
+            f"{word}: cannot be read; every word is KEY=VALUE, a list is [a,b], a mapping {{a:1}}, and text with brackets, commas or "
+            "quotes in it stands in quotes, KEY=\"'a,b'\""
+        ) from error
+
+
+UNREADABLE = re.compile(r"[^\w\s/+.$%*@?|:-]|[^\x00-\x7f]")  # what Hydra wants in quotes
+LITERAL = ("exp_name", "run_dir", "run_root")  # 2024_11_28 is a number to Hydra: 20241128
+
+
 def _quoted(word: str) -> str:
-    """Paths of a multirun's jobs hold "=", which Hydra wants in quotes: model.archive=runs/two/loss=ipo/seed=0/LATEST."""
+    """Paths need no quotes, whatever Hydra thinks of "=" (a multirun's jobs: model.archive=runs/two/loss=ipo/seed=0/LATEST), "~",
+    "&" or letters beyond ASCII in them."""
     key, _, value = word.partition("=")
-    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"[]{}(),\\") else word
+    if set(value) & set("'\"[]{},\\") or re.match(r"\w+\(.*\)$", value):
+        return word
+    return f"{key}='{value}'" if UNREADABLE.search(value) or (value and key.lstrip("+") in LITERAL) else word
 
 
 def _not_inside_a_list(key: str) -> None:
@@ -185,11 +198,17 @@ def compose(argv: list[str]) -> Run:
             OmegaConfBaseException,
             ValueError,
         ) as error:  # its mistakes are not all of its class
-            raise UserError(f"cannot compose the configuration: {_first_line(error)}") from error
+            raise UserError(f"cannot compose the configuration: {composition_problem(error)}") from error
     return replace(resolve(cfg, words), words=tuple(argv))
 
 
-def _first_line(error: Exception) -> str:
+def composition_problem(error: BaseException) -> str:
+    """What Hydra says, and why where it does not say that itself."""
+    cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
+    return f"{_first_line(error)}{cause}"
+
+
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -207,11 +226,13 @@ def resolve(cfg: DictConfig, typed: Iterable[str] = ()) -> Run:
         raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from error
     swept = convert(list[str], plain.get("multirun_keys"), "multirun_keys")
     methods = {"experiment", "loss", "weighting", "trainer", "stopping"} & set(swept)
-    typed_keys = set() if methods else {word.lstrip("+").partition("=")[0] for word in typed}
+    typed = {word.lstrip("+").partition("=")[0] for word in typed}
+    typed_keys = set() if methods else typed
     for group in ("weighting", "stopping"):
         _leave_out_foreign(plain, group, typed_keys)
     if isinstance(plain.get("loss"), dict):
         _leave_out_foreign(plain, "loss", typed={f"loss.{key}" for key in plain["loss"]})
+    _leave_out_data(plain, typed)
     _name_multirun(plain, swept)
     plain.pop("experiment", None)
     problems: list[str] = []
@@ -274,6 +295,18 @@ def _leave_out_foreign(plain: dict[str, Any], group: str, typed: set[str]) -> No
     others = set().union(*keys.values()) - mine
     for key in [k for k in part if k in others and not (f"{group}.{k}" in typed and part[k])]:
         log.info("%s.%s=%s: not for %s=%s", group, key, part.pop(key), group, part["name"])
+
+
+def _leave_out_data(plain: dict[str, Any], typed: set[str]) -> None:
+    """Likewise its settings of data sets that are not among the run's: ``experiment=X datasets=[hh]``."""
+    names, data = plain.get("datasets"), plain.get("data")
+    if not isinstance(names, list) or not isinstance(data, dict):
+        return  # refused later
+    others = [k for k in data if k not in DataConfig.__dataclass_fields__ and k not in names]
+    for name in others:
+        if not any(key == f"data.{name}" or key.startswith(f"data.{name}.") for key in typed):
+            log.info("data.%s: not for datasets=%s", name, names)
+            del data[name]
 
 
 def _part(group: str, values: Any, packages: tuple[str, ...]) -> Any:

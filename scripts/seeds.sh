@@ -54,7 +54,6 @@ while [ "$n" -gt 0 ]; do
     esac
 done
 [ -z "$fraction" ] || for data in $(echo "$datasets" | tr ',' ' '); do set -- "$@" "data.$data.train_frac=$fraction"; done
-case ,$datasets, in *,goqa,*) ;; *) set -- "$@" "~data.goqa" ;; esac # the experiments' settings of that data set
 sh scripts/setup.sh
 run() {
     echo "== seed $seed${size:+, step size $size}" >&2

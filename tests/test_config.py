@@ -57,6 +57,9 @@ def test_the_bare_default_composes():
         ("dataset=[hh]", "datasets=[a,b]"),
         ("=1", "data.<name>.KEY"),
         ("lr", "KEY=VALUE"),
+        ("datasets=[hh_", "datasets=[hh_: cannot be read"),
+        ("wandb=[a,b]", "merge DictConfig with ListConfig"),
+        ("optimizer_options={1:2}", "optimizer_options.1"),
         ("data.mix_weights={opinions:-1}", "one positive weight"),
         ("--cfg=job", "key=value"),
         ("seed=glob(*)", "files of a group"),
@@ -86,6 +89,12 @@ def test_a_mistake_gets_one_message_with_the_fix(word, says):
 @pytest.mark.parametrize("word", ["exp_name=a/b", "exp_name=.hidden", "exp_name='ä b=1'", "device=cuda:1"])
 def test_unusual_names_are_taken(word):
     assert compose([word]).words == (word,)
+
+
+@pytest.mark.parametrize("path", ["/home/josé/a", "~/a", "a b (1)/c=d&e", "2024_11_28", "1e5"])
+def test_a_path_needs_no_quotes_and_stays_as_it_was_typed(path):
+    assert compose([f"run_root={path}", "exp_name=1_0"]).config.run_dir == f"{path}/1_0"
+    assert compose([f"cache_dir=x/{path}"]).config.token_cache == f"x/{path}/tokens"
 
 
 def test_a_missing_beta_names_the_key():
@@ -251,6 +260,14 @@ def test_an_experiment_s_keys_leave_with_their_part_and_typed_ones_are_refused()
         compose([*words, "stopping=none", "stopping.min_lr=1e-6"])
     swept = [*words, "weighting=uniform", "weighting.step_size=0.1", "multirun_keys=[weighting]"]
     assert type(compose(swept).weighting).__name__ == "Uniform"
+
+
+def test_an_experiment_s_data_settings_leave_with_its_data():
+    words = ["experiment=group_robust_goqa_sft", "datasets=[opinions,goqa_1]"]
+    assert {"opinions", "goqa_1"} < set(compose(words).plain["data"]) and "goqa" not in compose(words).plain[
+        "data"
+    ]
+    assert "unknown key data.goqa" in told(*words, "data.goqa.mode=ranked")
 
 
 def test_gnu_style_flags_become_overrides():
