@@ -129,8 +129,16 @@ def check_groups(run: Run, groups: Sequence[str], splits: Mapping[str, Sequence[
     leaves one out is not the worst. Raises UserError."""
     watched = None
     if isinstance(run.stopping, Plateau):
-        split, _, group, _ = parts(run.stopping.watched())
-        watched = {"eval": "validation", "train_eval": "train"}.get(split, split) if group else None
+        metric = run.stopping.watched()
+        split, _, group, _ = parts(metric)
+        split = {"eval": "validation", "train_eval": "train", "test": "test"}.get(split)
+        if split not in run.config.eval_splits or not splits.get(split):
+            there = ", ".join(f"{len(rows)} {s}" for s, rows in splits.items() if rows) or "none"
+            raise UserError(
+                f"stopping.metric={metric}: will not be there; eval_splits={run.config.eval_splits}, and the rows to evaluate are: "
+                f"{there}; the data set's validation_fraction or num_validation makes a validation split (eval/)"
+            )
+        watched = split if group else None
     for split, rows in splits.items():
         present = {row.group for row in rows}
         missing = [name for i, name in enumerate(groups) if i not in present]

@@ -177,6 +177,12 @@ def test_the_best_evaluation_is_what_remains_and_the_end_of_the_plan_has_one(tmp
         (["stopping=plateau"], "validation", r"no validation row of group b: .* another stopping\.metric"),
         (["stopping=plateau", "stopping.metric=eval/loss"], "validation", None),
         (["stopping=plateau"], "test", None),
+        (
+            ["stopping=plateau", "eval_splits=[test]"],
+            "test",
+            r"stopping\.metric=eval/loss/worst_group: will not be there",
+        ),
+        (["stopping=plateau", "stopping.metric=train_eval/loss"], "test", "40 validation"),
         ([], "test", None),
     ],
 )
