@@ -127,6 +127,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         )
     if spec.chat_template is not None:
         path = Path(local_path(spec.chat_template))
+        if not path.is_file() and "{" not in spec.chat_template:
+            raise UserError(
+                f"model.chat_template={spec.chat_template}: no such file, and no template (nothing is filled in); give a Jinja file or text"
+            )
         tokenizer.chat_template = path.read_text("utf-8") if path.is_file() else spec.chat_template
     return tokenizer
 

@@ -184,6 +184,8 @@ def test_chat_template_from_a_file_or_from_text(tmp_path):
     (tmp_path / "t.jinja").write_text("from file")
     assert load_tokenizer(make_spec(chat_template=str(tmp_path / "t.jinja"))).chat_template == "from file"
     assert load_tokenizer(make_spec(chat_template="{{ x }}")).chat_template == "{{ x }}"
+    with pytest.raises(UserError, match=r"model\.chat_template=/no/such\.jinja: no such file"):
+        load_tokenizer(make_spec(chat_template="/no/such.jinja"))
 
 
 def test_a_missing_tokenizer_or_model_is_an_error_with_its_key():
