@@ -305,7 +305,8 @@ def _with_aggregates(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
-    """Run directories (those with a metrics.jsonl) at, under, or matching each path or glob pattern."""
+    """Run directories (those with a metrics.jsonl) at, under, or matching each path or glob pattern; what fresh=true has set aside
+    only where it is named."""
     found: dict[Path, None] = {}
     for given in paths:
         path = Path(given).expanduser()
@@ -325,7 +326,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
 def _runs_under(path: Path) -> list[Path]:
     if (path / "metrics.jsonl").is_file():
         return [path]
-    return sorted(p.parent for p in path.rglob("metrics.jsonl")) if path.is_dir() else []
+    found = (p.parent for p in path.rglob("metrics.jsonl")) if path.is_dir() else ()
+    return sorted(p for p in found if not re.fullmatch(r"previous-\d+", p.name))
 
 
 def directory_runs(paths: Iterable[str | Path]) -> Iterator[RawRun]:

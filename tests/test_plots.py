@@ -132,6 +132,12 @@ def test_the_restored_best_weights_are_the_last_point_and_the_figure_says_so(tmp
     )
 
 
+def test_what_a_fresh_start_has_set_aside_is_no_second_run(tmp_path):
+    folder = make_run(tmp_path, "dpo", 0)
+    aside = make_run(folder, "dpo", 0, name="previous-1")
+    assert load.find_runs([tmp_path]) == [folder] and load.find_runs([aside]) == [aside]
+
+
 def test_runs_are_found_under_folders_and_by_pattern_and_mistakes_are_named(runs):
     assert len(load.find_runs([runs])) == 6
     assert [p.name for p in load.find_runs([str(runs / "gr_*")])] == [f"gr_ipo_seed_{s}" for s in (0, 1, 2)]
