@@ -79,6 +79,9 @@ def fill(text: str, results: Path) -> str:
 
 def main(words: Sequence[str]) -> int:
     """Returns the exit code."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     try:
         if not 1 <= len(words) <= 2:
             raise UserError("give the folder of results, and the document if it is not docs/bandits.md")

@@ -49,6 +49,14 @@ def settings(argv: list[str]) -> tuple[str, dict[str, Any]]:
             plain = OmegaConf.to_container(compose("config", overrides=words), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
+    known = ("run_root", "num_threads", "study")
+    for key in plain:
+        if key not in known:
+            raise UserError(
+                f"unknown key {key}{utils.did_you_mean(key, known)}; keys: run_root, num_threads, study.KEY"
+            )
+    if not isinstance(plain["num_threads"], int) or plain["num_threads"] < 1:
+        raise UserError(f"num_threads={plain['num_threads']}: must be an integer of at least 1")
     return name, plain
 
 
@@ -60,10 +68,10 @@ def study(plain: dict[str, Any]) -> Any:
 
 
 def main(argv: list[str]) -> int:
+    """Returns the exit code."""
     if {"-h", "--help"} & set(argv):
         print(__doc__, f"Experiments: {', '.join(experiments())}", sep="\n")
         return 0
-    """Returns the exit code."""
     utils.setup_logging()
     try:
         name, plain = settings(argv)

@@ -168,6 +168,8 @@ def test_a_small_vrpo_run(tmp_path, base):
             "two arms",
         ),
         (["+experiment=onpolicy_c1", "study.bandit==1"], "study.bandit"),
+        (["+experiment=onpolicy_c1", "num_seeds=3"], "unknown key num_seeds"),
+        (["+experiment=onpolicy_c1", "num_threads=0"], "num_threads=0"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_message(argv, message, tmp_path, capsys):
