@@ -23,9 +23,11 @@ ALONE = World(0, 1, torch.device("cpu"), "none")
 
 
 def main(words: Sequence[str]) -> list[Path]:
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(__doc__)
         return []
+    if not words:
+        raise UserError("no checkpoint named: give RUN/LATEST or RUN/step-N")
     try:
         return [sharded.consolidate(checkpoint.open_checkpoint(Path(word)), ALONE) for word in words]
     except checkpoint.CheckpointError as error:

@@ -243,7 +243,7 @@ def page(folder: Path) -> str:
 
 
 def main(words: Sequence[str]) -> list[Path]:
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(__doc__)
         return []
     request = build(Request, parse_words(words, lists=("runs",), paths="runs"), "")

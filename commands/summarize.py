@@ -79,6 +79,11 @@ def cells(loaded: Loaded, request: Request) -> list[tuple[str, str, str, Bar]]:
     """(split, metric, group, number) of every method, in the order of the tables."""
     found = []
     logged = {m for _, _, m, _ in loaded.series if "/ci_" not in m}
+    splits = sorted({split for _, split, _, _ in loaded.series})
+    if not {s.strip() for s in request.split.split(",")} & set(splits):
+        raise UserError(
+            f"split={request.split}: not logged{did_you_mean(request.split, splits)}; logged: {', '.join(splits)}"
+        )
     for metric in request.metric or [m for m in USUAL if m in logged]:
         split = loaded.first_split(request.split, metric)
         names = ["", "mean_group", "worst_group", *loaded.groups(split, metric)]
@@ -403,7 +408,7 @@ def _tex(text: str) -> str:
 
 
 def main(words: Sequence[str]) -> list[Path]:
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(__doc__)
         return []
     request = build(Request, parse_words(words, lists=("runs", "metric", "group", "by"), paths="runs"), "")

@@ -80,7 +80,7 @@ def make(request: Request) -> list[Path]:
 
 
 def main(words: Sequence[str]) -> list[Path]:
-    if not words or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         print(__doc__)
         return []
     return make(build(Request, parse_words(words, lists=("runs", "by")), ""))

@@ -114,17 +114,20 @@ def load(request: Any) -> Loaded:
             cache,
             request.refresh,
         )
+    if request.entity:
+        raise UserError(f"entity={request.entity}: give project= as well, and no runs")
     if not request.runs:
         raise UserError("no runs named: give run directories, or a W&B project")
     return load_directories(request.runs, request.by, request.labels)
 
 
 def run(main: Callable[[Sequence[str]], list[Path]], words: Sequence[str]) -> int:
-    """Call ``main`` and print the files it wrote. Exit code: 0, or 2 with one message for a mistake the user can mend."""
+    """Call ``main`` and print the files it wrote. Exit code: 0, or 2 with one message for a mistake the user can mend, a place
+    that cannot be written included."""
     try:
         for path in main(words):
             print(path)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

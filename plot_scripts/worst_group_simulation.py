@@ -123,6 +123,9 @@ def figure(rows: Sequence[dict], out: Path, facts: dict) -> list[Path]:
 
 
 def main(words: Sequence[str]) -> list[Path]:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return []
     request = build(Request, parse_words(words, lists=()), "")
     rows = simulate(request.draws, request.seed)
     print(f"{'design':<16} {'':<6} coverage   below   above   width    bias")

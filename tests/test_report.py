@@ -143,3 +143,5 @@ def test_each_run_gets_its_page_and_mistakes_one_message(folder, capsys):
     assert main([str(folder)]) == [folder / "figures" / "report.html"]
     assert run_command(main, [str(folder), "ouut=x.html"]) == 2
     assert "did you mean 'out'" in capsys.readouterr().err
+    assert run_command(main, [str(folder), f"out={folder}"]) == 2
+    assert "s a directory" in capsys.readouterr().err

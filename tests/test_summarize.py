@@ -158,6 +158,9 @@ def test_mistakes_are_one_message(runs, capsys):
         ([str(runs), "group=sout"], "did you mean 'south'"),
         ([str(runs), "baseline=ip"], "did you mean 'ipo'"),
         ([str(runs), "basline=ipo"], "did you mean 'baseline'"),
+        ([str(runs), "split=tset"], "did you mean 'test'"),
+        ([str(runs), "entity=me"], "give project="),
+        ([], "no runs named"),
         ([str(runs / "none")], "no metrics.jsonl there"),
     ):
         assert run_command(main, words) == 2
