@@ -18,6 +18,7 @@ import numpy as np
 from data.passport import Counts, is_identical, passport
 from data.plan import Plan, micro_batches
 from data.schema import Batch, Example, Row, Text
+from data.split import prompt_key
 from data.token_cache import TokenCache
 from engine.codec import Codec
 from utils import UserError, did_you_mean, file_hash, log
@@ -389,7 +390,7 @@ def render_prompts(
 def sft_examples(examples: Sequence[Example], sft_on: Literal["chosen", "all"]) -> list[Example]:
     """Examples with one response, role "target", to imitate.
 
-    "chosen": one per prompt: its explicit target if it has one, else the last chosen of its (consecutive) pairs.
+    "chosen": one per prompt and group: of the last of its pairs the explicit target if there is one, else the chosen.
     "all": one per chosen and per rejected response of every pair (explicit targets of pairs are left out), so that the
     model learns the law of the labelled responses, which variance-reduced losses need of their reference.
     Completions, which are no pairs, are kept as they are.
@@ -402,8 +403,7 @@ def sft_examples(examples: Sequence[Example], sft_on: Literal["chosen", "all"]) 
         target = (("target", example.responses[position][1]),)
         return replace(example, uid=uid, responses=target, scalars={}, response_scalars=scalars)
 
-    made: list[Example] = []
-    last: tuple[Text, str] | None = None
+    made: dict[tuple, Example] = {}
     for example in examples:
         roles = [role for role, _ in example.responses]
         if "target" not in roles and "chosen" not in roles:
@@ -411,15 +411,13 @@ def sft_examples(examples: Sequence[Example], sft_on: Literal["chosen", "all"]) 
                 f"{example.uid}: has neither a target nor a chosen response to imitate; it has {roles}"
             )
         if sft_on == "all" and "chosen" in roles:
-            pair = [i for i, role in enumerate(roles) if role in ("chosen", "rejected")]
-            made += [only(example, i, f"{example.uid}/{roles[i]}") for i in pair]
+            for i in (i for i, role in enumerate(roles) if role in ("chosen", "rejected")):
+                made[len(made),] = only(example, i, f"{example.uid}/{roles[i]}")
             continue
-        prompt = (example.prompt, example.group)
-        if "chosen" in roles and prompt == last:
-            made.pop()
-        made.append(only(example, roles.index("target" if "target" in roles else "chosen"), example.uid))
-        last = prompt
-    return made
+        # the pairs of a prompt stand together, but those of its groups may alternate
+        key = (prompt_key(example.prompt), example.group) if "chosen" in roles else (len(made),)
+        made[key] = only(example, roles.index("target" if "target" in roles else "chosen"), example.uid)
+    return list(made.values())
 
 
 def get_dataset(name: str, settings: Any, seed: int = 0) -> dict[str, list[Example]]:

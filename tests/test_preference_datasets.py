@@ -732,14 +732,16 @@ def test_sft_on_chosen_takes_the_last_chosen_of_each_prompt():
     pairs = [
         pair("u0", "p", "a"),
         pair("u1", "p", "b", response_scalars=finished),
-        pair("u2", "q", "c"),
+        pair("u2", "q", "a"),
         pair("u3", "q", "c", "e"),
+        pair("u4", "q", "c"),
+        pair("u5", "q", "d", "e"),  # groups that share a prompt may alternate
     ]
     made = sft_examples(pairs, "chosen")
     assert [(e.uid, e.responses, e.group) for e in made] == [
         ("u1", (("target", "b"),), "d"),
-        ("u2", (("target", "c"),), "d"),
-        ("u3", (("target", "c"),), "e"),
+        ("u4", (("target", "c"),), "d"),
+        ("u5", (("target", "d"),), "e"),
     ]
     assert made[0].response_scalars == {"finished": (0.0,)}
     assert made[0].weight == 2.0
@@ -773,6 +775,8 @@ def test_sft_on_completions_keeps_them():
             (("target", "a"),),
             (("target", "b"),),
         ]
+    pair = Example("u2", "p", (("chosen", "c"), ("rejected", "d")), "d")
+    assert [e.uid for e in sft_examples([*completions, pair], "chosen")] == ["u0", "u1", "u2"]
     with pytest.raises(UserError, match="u0: has neither a target nor a chosen"):
         sft_examples([Example("u0", "p", (("rejected", "x"),), "d")], "chosen")
     with pytest.raises(UserError, match="sft_on=both"):
