@@ -77,6 +77,10 @@ class Settings:
                 if self.model is None
                 else f"annotate.model={self.model} annotate.cross_fit={self.cross_fit}: the folds train their own; give one"
             )
+        if self.cross_fit and self.calibrate not in ("auto", "none", "train"):
+            raise UserError(
+                f"annotate.calibrate={self.calibrate}: with annotate.cross_fit only train is scored; leave it away, or none"
+            )
         for name, value, how in (
             ("function", self.function, "annotate.function=commands.oracles:opinions"),
             ("judge", self.judge, "annotate.judge.url=https://api.openai.com/v1 annotate.judge.model=NAME"),

@@ -193,6 +193,10 @@ def test_nan_in_a_file_names_the_line(tmp_path):
         ({}, "annotate.model=null: give the trained scorer"),
         ({"model": "m", "cross_fit": 2}, "the folds train their own"),
         ({"cross_fit": 1}, "at least 2"),
+        (
+            {"cross_fit": 2, "calibrate": "validation"},
+            "calibrate=validation: with annotate.cross_fit only train",
+        ),
         ({"scorer": "function"}, "annotate.function=None: they go together"),
         ({"scorer": "judge"}, "annotate.judge=None: they go together"),
         ({"model": "m", "function": "a:b"}, "they go together"),
