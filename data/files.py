@@ -18,6 +18,13 @@ from utils import UserError, did_you_mean, log, rank, write_atomic
 T = TypeVar("T")
 
 SHOWN = 20  # rejected rows that are logged when there is no file for them
+AGGREGATES = (
+    "all",
+    "mean",
+    "worst",
+    "mean_group",
+    "worst_group",
+)  # names of rows and columns in tables and figures
 TRUNCATIONS = ("keep_start", "keep_end", "drop", "error")
 
 
@@ -232,13 +239,18 @@ def finish_split(name: str, split: str, examples: Iterable[Example]) -> list[Exa
 
 
 def group_of(row: RawRow, group_field: str | None, name: str) -> str:
-    """The row's group: the column ``group_field``, else the column ``group`` where there is one, else ``name``."""
+    """The row's group: the column ``group_field``, else the column ``group`` where there is one, else ``name``. A name that
+    stands for several groups in the tables is refused."""
     if group_field is None and "group" not in row:
         return name
     column = group_field or "group"
     group = field_of(row, column, "text")
     if not group:
         raise row.bad("an empty group name", column)
+    if group in AGGREGATES:
+        raise row.bad(
+            f"{group!r} is what the tables call a summary of groups; name the group otherwise", column
+        )
     return group
 
 

@@ -125,6 +125,7 @@ BAD_ROWS = {
     "not a message": ({"prompt": ["x"], "chosen": "a", "rejected": "b"}, "prompt[0]: a message"),
     "user first": ({"prompt": [U], "chosen": [U], "rejected": [assistant("b")]}, "chosen: a completion starts with the role assistant"),
     "group": ({"prompt": "P", "chosen": "a", "rejected": "b", "group": 3}, "group: text is due, found the integer 3"),
+    "summary group": ({"prompt": "P", "chosen": "a", "rejected": "b", "group": "all"}, "group: 'all' is what the tables call"),
     "empty group": ({"prompt": "P", "chosen": "a", "rejected": "b", "group": ""}, "group: an empty group name"),
     "weight": ({"prompt": "P", "chosen": "a", "rejected": "b", "weight": -1}, "weight: must not be negative"),
     "weight text": ({"prompt": "P", "chosen": "a", "rejected": "b", "weight": "1"}, "weight: a finite number is due"),
