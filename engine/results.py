@@ -51,16 +51,20 @@ def render(results: Mapping[str, Any], run_dir: Path) -> str:
     """The tables, and the paths of everything that was written."""
     lines = [f"{results['exp_name']}: {results['status']} after {results['examples']} examples"]
     for split, found in results["splits"].items():
+        cells = {id(row): _accuracy_cell(row) for row in found["table"]}
+        head = "reward accuracy [95% interval]" if any(cells.values()) else ""
+        width = 33 if head else 0  # losses without rewards have no such column
         lines += ["", f"{split} ({found['prefix']}/ in metrics.jsonl)"]
-        lines.append(f"  {'group':<24} {'loss':>10}  {'reward accuracy [95% interval]':<32} {'n':>6}")
+        lines.append(f"  {'group':<24} {'loss':>10}  {head:<{width}}{'n':>6}")
         for row in found["table"]:
-            accuracy = ""
-            if "accuracy" in row:
-                accuracy = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-            lines.append(f"  {row['group']:<24} {row['loss']:>10.4f}  {accuracy:<32} {row['n']:>6}")
+            lines.append(f"  {row['group']:<24} {row['loss']:>10.4f}  {cells[id(row)]:<{width}}{row['n']:>6}")
     lines += ["", f"run directory: {run_dir}"]
     lines += [f"  {path}" for pattern in ARTIFACTS for path in sorted(run_dir.glob(pattern))]
     return "\n".join(lines) + "\n"
+
+
+def _accuracy_cell(row: Mapping[str, Any]) -> str:
+    return f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if "accuracy" in row else ""
 
 
 COLUMNS = ("step", "examples", "split", "group", "metric", "value", "ci_low", "ci_high", "n", "restored_from")
@@ -71,7 +75,8 @@ def evaluation_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Evaluations of metrics.jsonl (rows with kind "eval") -> one row per step, split, group and metric (``COLUMNS``).
 
     group  "all", a group's name, "mean_group" or "worst_group"
-    n      examples behind the value; "" for the two aggregates, as are bounds where there is no interval
+    n      examples behind the value: of "mean_group" all groups', of "worst_group" that group's; bounds are "" where there is
+           no interval
     restored_from   for the evaluation of restored best weights: their count of examples; the last weights' own stands beside it
     """
     return [line for row in rows if row["kind"] == "eval" for line in _evaluation_rows(row)]
@@ -91,8 +96,17 @@ def _evaluation_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         line = made.setdefault((metric, group), dict.fromkeys(COLUMNS, ""))
         line[bound or "value"] = value
     place = {k: row.get(k, "") for k in ("step", "examples", "split", "restored_from")}
+
+    def behind(metric: str, group: str, value: float) -> int | str:
+        if group not in ("mean_group", "worst_group"):
+            return counts.get(group, "")
+        groups = {g: n for g, n in counts.items() if g != "all" and (metric, g) in made}
+        if group == "mean_group":
+            return sum(groups.values())
+        return next((n for g, n in groups.items() if made[metric, g]["value"] == value), "")
+
     return [
-        line | place | {"group": group, "metric": metric, "n": counts.get(group, "")}
+        line | place | {"group": group, "metric": metric, "n": behind(metric, group, line["value"])}
         for (metric, group), line in made.items()
     ]
 

@@ -203,6 +203,32 @@ def test_results_csv_has_every_number_of_every_evaluation(sweep):
     north = place["2", "test", "north", "rewards/accuracies"]
     low, value, high = (float(north[c]) for c in ("ci_low", "value", "ci_high"))
     assert int(north["n"]) == 4 and low <= value <= high and low < high
+    for metric, worst in (("loss", max), ("rewards/accuracies", min)):
+        cells = {g: place["2", "test", g, metric] for g in ("north", "south", "coast", "hills", "plain")}
+        sizes = {g: int(cell["n"]) for g, cell in cells.items()}
+        owner = worst(cells, key=lambda g: float(cells[g]["value"]))
+        assert int(place["2", "test", "worst_group", metric]["n"]) == sizes[owner]
+        assert int(place["2", "test", "mean_group", metric]["n"]) == sum(sizes.values())
+
+
+def test_the_printed_table_has_a_column_of_accuracies_where_there_are_some(tmp_path):
+    def printed(**row):
+        table = [{"group": "all", "n": 7, "loss": 0.5, **row}]
+        return results.render(
+            {
+                "exp_name": "x",
+                "status": "finished",
+                "examples": 8,
+                "splits": {"test": {"prefix": "test", "table": table}},
+            },
+            tmp_path,
+        ).splitlines()[3:5]
+
+    assert [line.split() for line in printed()] == [["group", "loss", "n"], ["all", "0.5000", "7"]]
+    head, row = printed(accuracy=0.5, ci_low=0.25, ci_high=0.75)
+    assert (
+        "reward accuracy [95% interval]" in head and "0.500 [0.250, 0.750]" in row and len(head) == len(row)
+    )
 
 
 def test_repeated_prompts_that_all_agree_still_have_an_interval():
