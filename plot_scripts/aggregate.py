@@ -59,7 +59,7 @@ class Bar:
 
 def _binned(x: Array, y: Array, width: float) -> tuple[Array, Array]:
     """Means of y in bins of ``width`` examples, at the bins' upper ends: what was known when the bin was full."""
-    index = np.ceil(x / width).astype(np.int64)
+    index = np.ceil(x / width - 1e-9).astype(np.int64)  # rounding must not put an end into the next bin
     bins, inverse = np.unique(index, return_inverse=True)
     return bins * width, np.bincount(inverse, weights=y) / np.bincount(inverse)
 

@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 from engine.metric_names import older_names
 from engine.stats import cluster_mean, wilson
 from plot_scripts import canvas, load, plot_from_wandb_full_metrics, plot_from_wandb_paper_plots
-from plot_scripts.aggregate import bar, curve, warnings_about
+from plot_scripts.aggregate import _binned, bar, curve, warnings_about
 from plot_scripts.draw import FIGURES, Figure, compose, draw_figure, read_figure
 from plot_scripts.make_figures import main as make_figures
 from plot_scripts.panels import Panel, draw_curves
@@ -329,6 +329,12 @@ def test_weights_that_never_move_are_left_out(runs):
         ("gr_ipo", "group_north"),
         ("gr_ipo", "group_south"),
     }
+
+
+def test_a_run_binned_by_examples_ends_where_it_ends():
+    for end in (201.0, 203.0, 226.0):  # end / (end / 200) is above 200 in floating point
+        x, y = _binned(np.arange(1.0, end + 1), np.arange(end), end / 200)
+        assert len(x) == 200 and x[-1] == pytest.approx(end) and y[-1] > end - 3
 
 
 def test_calibration_is_binned_with_its_expected_error(tmp_path):
