@@ -78,6 +78,14 @@ class Settings:
         for key, least in (("num_prompts", 0), ("num_samples", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"score.{key}={getattr(self, key)}: must be at least {least}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"score.max_new_tokens={self.max_new_tokens}: must be at least 1, or null")
+        if not self.temperature >= 0:
+            raise UserError(
+                f"score.temperature={self.temperature}: must be >= 0; 0 takes the likeliest token"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"score.top_p={self.top_p}: must be in (0, 1]; 1 keeps every token")
         if not self.splits:
             raise UserError("score.splits=[]: name at least one split")
         if self.num_prompts == 0 and (self.function or self.reward_model or self.judge):
@@ -388,8 +396,8 @@ class Session:
             chosen = [both[i] for i in index]
             if chosen:
                 found = stats.paired_difference(
-                    [a[key] for a, _ in chosen],
-                    [b[key] for _, b in chosen],
+                    [counted(a, key) for a, _ in chosen],
+                    [counted(b, key) for _, b in chosen],
                     [a["prompt_key"] for a, _ in chosen],
                 )
                 line = {"a": POLICY, "b": AGAINST, "split": split, "group": group, "metric": metric}
@@ -453,9 +461,13 @@ def with_interval(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
         return dict(row)
     mine = [r for r in records if row["group"] in ("all", r["group"]) and row["metric"] in r]
     interval = share_interval if row["metric"] in ACCURACIES else stats.cluster_mean
-    weight = (lambda r: r["weight"]) if row["metric"] == "loss" else (lambda r: 1.0)
-    found = interval([weight(r) * r[row["metric"]] for r in mine], [r["prompt_key"] for r in mine])
+    found = interval([counted(r, row["metric"]) for r in mine], [r["prompt_key"] for r in mine])
     return {**row, **bounds(found, value=None)}
+
+
+def counted(record: Mapping[str, Any], metric: str) -> float:
+    """What a record adds to the metric's mean: losses count with the example's weight."""
+    return record[metric] * (record["weight"] if metric == "loss" else 1.0)
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -178,6 +178,9 @@ def test_an_sft_run_is_scored_with_dpo_against_itself_untrained(runs, tmp_path):
     [
         ({"splits": ("train",), "num_prompts": 0, "function": "a:b"}, "score.num_prompts=0"),
         ({"num_samples": 0}, "score.num_samples=0"),
+        ({"max_new_tokens": 0}, "score.max_new_tokens=0"),
+        ({"temperature": -1.0}, "score.temperature=-1.0"),
+        ({"top_p": 0.0}, "score.top_p=0.0"),
         ({"splits": ()}, "score.splits"),
     ],
 )
@@ -270,6 +273,22 @@ def test_two_checkpoints_are_compared_on_the_same_examples(compared):
     assert float(found["difference"]) == pytest.approx(np.mean(won["policy"]) - np.mean(won["against"]))
     assert len(document["differences"]) == len(rows)
     assert ("rewards/accuracies", "north") in rows and ("reference_accuracies", "all") not in rows
+
+
+def test_example_weights_count_in_differences_of_losses(runs, tmp_path):
+    for name in ("train", "test"):
+        rows = [
+            {"prompt": f"{name} {i}", "chosen": "A", "rejected": "B", "weight": 4.0 if i % 3 else 0.5}
+            for i in range(6)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (f"data.local.path={tmp_path}/train.jsonl", f"data.local.test_path={tmp_path}/test.jsonl")
+    settings = Settings(out=str(tmp_path / "out"), against=f"{runs}/dpo/LATEST", num_prompts=0)
+    score.run(compose([DATA[0], "datasets=[local]", *words, f"model.archive={runs}/ipo/LATEST"]), settings)
+    document = json.loads((tmp_path / "out" / "scores.json").read_text())
+    policy, against = (cell(document["scores"], "loss", model=m)["value"] for m in ("policy", "against"))
+    (found,) = [d for d in document["differences"] if (d["metric"], d["group"]) == ("loss", "all")]
+    assert found["difference"] == pytest.approx(policy - against) and found["difference"] != 0
 
 
 def test_a_checkpoint_does_not_differ_from_itself(runs, tmp_path):
