@@ -186,7 +186,8 @@ def samples(loaded: Loaded, folder: Path) -> str:
 
 def hardest(folder: Path) -> str:
     """The held-out examples with the largest loss at the last evaluation."""
-    files = [p for p in folder.glob("records/*.jsonl") if p.stem.rpartition("-")[2].isdigit()]
+    held_out = [p for split in ("eval", "test") for p in folder.glob(f"records/{split}-*.jsonl")]
+    files = [p for p in held_out if p.stem.rpartition("-")[2].isdigit()]
     if not files:
         return ""
     last = max(files, key=lambda p: (int(p.stem.rpartition("-")[2]), p.stem))

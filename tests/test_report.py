@@ -54,6 +54,8 @@ def folder(tmp_path_factory):
         tmp_path_factory.mktemp("runs"), "gr_dpo", 1, weighting="group_robust", records=True, dirty=True
     )
     (path / "samples").mkdir()
+    trained = (path / "records" / "test-500.jsonl").read_text().replace('"uid": "', '"uid": "trained ')
+    (path / "records" / "train_eval-500.jsonl").write_text(trained)
     for examples, word in (
         (0, "before"),
         (200, "never shown"),
@@ -125,6 +127,7 @@ def test_the_hardest_examples_and_the_settings_are_there(parsed):
     losses = [float(row[2]) for row in parsed.rows[at + 1 : at + 11]]
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == 10
+    assert "trained " not in parsed.text  # a training example may be the hardest of all, but is not held out
     assert "name: group_robust" in parsed.text
     assert '"command"' in parsed.text
 
