@@ -166,7 +166,9 @@ def _over_seeds(loaded: Loaded, a: str, b: str, split: str, metric: str, group: 
 
 
 def _over_prompts(loaded: Loaded, a: str, b: str, split: str, metric: str, group: str) -> Interval | None:
-    """Examples both methods were evaluated on; each example's value is a mean over the method's runs (the common seeds', if any)."""
+    """Examples both methods were evaluated on; each example's value is a mean over the method's runs (the common seeds', if any).
+
+    A loss per token is the examples' sum over all their tokens, as it is logged."""
     if group in ("mean_group", "worst_group"):
         return None
     runs = {m: loaded.of(m) for m in (a, b)}
@@ -178,14 +180,17 @@ def _over_prompts(loaded: Loaded, a: str, b: str, split: str, metric: str, group
     uids = [uid for uid in first if uid in second]
     if not uids:
         return None
-    values = [[table[uid][1] for uid in uids] for table in (first, second)]
+    scale = 1.0
+    if metric == "loss" and runs[a][0].config.get("loss.unit") == "token":
+        scale = len(uids) / sum(first[uid][2] for uid in uids)
+    values = [[scale * table[uid][1] for uid in uids] for table in (first, second)]
     return paired_difference(*values, clusters=[first[uid][0] for uid in uids], level=LEVEL)
 
 
 def _example_values(
     runs: Sequence[RunInfo], split: str, metric: str, group: str | None
-) -> dict[str, tuple[str, float]]:
-    """{uid: (prompt, mean over the runs)} of the examples that every run evaluated."""
+) -> dict[str, tuple[str, float, int]]:
+    """{uid: (prompt, mean over the runs, tokens)} of the examples that every run evaluated."""
     tables = [_records(info.source, split) for info in runs]
     if not tables or not all(tables):
         return {}
@@ -197,6 +202,7 @@ def _example_values(
             found[uid] = (
                 row["prompt_key"],
                 float(np.mean([r[metric] * (r["weight"] if metric == "loss" else 1.0) for r in rows])),
+                row["num_tokens"],
             )
     return found
 

@@ -114,6 +114,7 @@ def _write_records(folder: Path, seed: int, last: int, offset: float, groups: Se
     for i, (h, e) in enumerate(zip(hard, noise, strict=True)):
         group = groups[i // EXAMPLES_PER_GROUP]
         row = {"uid": f"synthetic/test:{i}", "group": group, "prompt_key": f"prompt-{i // 2}", "weight": 1.0}
+        row["num_tokens"] = 2 + i % 3
         row |= {"loss": 2.0 + h + e + offset, "rewards/accuracies": float(h + e + offset < 0)}
         lines.append(json.dumps(row) + "\n")
     (folder / "records" / f"test-{last}.jsonl").write_text("".join(lines))

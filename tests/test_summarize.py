@@ -114,6 +114,21 @@ def test_example_weights_count_in_losses(tmp_path, capsys):
     assert found[found["over"] == "prompts"]["difference"].iloc[0] == pytest.approx(-0.5, abs=0.02)
 
 
+def test_a_loss_per_token_is_compared_per_token(tmp_path, capsys):
+    rows = {}
+    for loss, offset in (("a", 0.0), ("b", 1.0)):
+        folder = make_run(tmp_path, loss, 0, offset=offset, records=True)
+        path = folder / "config.yaml"
+        path.write_text(path.read_text().replace("  beta: 0.1", "  unit: token"))
+        rows[loss] = read_rows(folder / "records" / "test-500.jsonl")
+    _, _, found, _ = summary(capsys, str(tmp_path), "metric=loss", "group=all", f"out={tmp_path / 'out'}")
+    per_token = {
+        m: sum(r["loss"] for r in table) / sum(r["num_tokens"] for r in table) for m, table in rows.items()
+    }
+    prompts = found[found["over"] == "prompts"]["difference"].iloc[0]
+    assert prompts == pytest.approx(per_token["a"] - per_token["b"]) and abs(prompts + 1) > 0.5
+
+
 def test_only_the_last_records_and_common_examples_count(tmp_path, capsys):
     for loss in ("a", "b"):
         make_run(tmp_path, loss, 0, offset=0.0 if loss == "a" else 1.0, records=True)
