@@ -264,28 +264,3 @@ def worst_group_interval(successes: Sequence[float], n: Sequence[int], level: fl
     shares = np.divide(k, m, out=np.full(k.shape, np.inf), where=m > 0)
     worst = int(shares.argmin())
     return Interval(float(shares[worst]), float(low), float(high), int(m[worst]), level)
-
-
-def worst_mean_interval(
-    mean: Sequence[float], stderr: Sequence[float], n: Sequence[int], level: float = 0.95, worst: str = "max"
-) -> Interval:
-    """Interval for max_g mu_g (``worst="max"``: losses) or min_g mu_g (``"min"``) from t bounds of each group's mean.
-
-    mean, stderr, n  per group, as ``cluster_mean`` gives them (n counts clusters, n - 1 degrees of freedom)
-    The end that needs the simultaneous level is the one towards the other groups: the lower end for a maximum.
-    Groups with fewer than two clusters have no standard error and make the interval NaN.
-    """
-    alpha = _check_level(level)
-    if worst not in ("max", "min"):
-        raise ValueError(f"worst={worst!r}: 'max' (losses) or 'min' (accuracies)")
-    sign = 1.0 if worst == "max" else -1.0
-    mu, se, size = (np.asarray(x, np.float64) for x in (mean, stderr, n))
-    if not (mu.shape == se.shape == size.shape and mu.ndim == 1 and len(mu)):
-        raise ValueError("mean, stderr and n must have one entry per group")
-    index = int((sign * mu).argmax())
-    if (size < 2).any() or not np.isfinite(se).all():
-        return Interval(float(mu[index]), math.nan, math.nan, int(size[index]), level)
-    towards = sign * mu - student_t.isf(alpha / (2.0 * len(mu)), size - 1) * se
-    away = sign * mu + student_t.isf(alpha / 2.0, size - 1) * se
-    low, high = sorted((sign * float(towards.max()), sign * float(away.max())))
-    return Interval(float(mu[index]), low, high, int(size[index]), level)

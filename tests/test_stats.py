@@ -21,7 +21,6 @@ from engine.stats import (
     wilson_bounds,
     worst_group_bounds,
     worst_group_interval,
-    worst_mean_interval,
 )
 from plot_scripts.worst_group_simulation import DESIGNS, simulate
 from plot_scripts.worst_group_simulation import main as simulation
@@ -201,34 +200,6 @@ def test_worst_group_interval_covers_in_every_design_and_the_naive_one_does_not(
         assert row["bias"] <= 0.002  # the smallest observed share is never too high on average
     assert results["tied"]["naive_coverage"] < 0.90
     assert results["tied"]["bias"] < -0.05
-
-
-def test_worst_mean_interval_covers_the_maximum_under_ties_and_separation():
-    rng = stream(5, "test/max")
-    for truth in ([1.0, 1.0, 1.0, 1.0], [0.2, 0.5, 1.0, 0.4]):
-        hits = 0
-        for _ in range(600):
-            data = rng.normal(loc=truth, size=(25, 4))
-            groups = [mean_interval(column) for column in data.T]
-            got = worst_mean_interval(
-                [g.estimate for g in groups], [g.stderr for g in groups], [g.n for g in groups]
-            )
-            hits += got.low <= 1.0 <= got.high
-        assert hits / 600 >= 0.94
-
-
-def test_worst_mean_interval_of_minimum_mirrors_the_maximum():
-    mean, stderr, n = [0.2, 0.7, 0.65], [0.05, 0.04, 0.1], [30, 40, 10]
-    top = worst_mean_interval(mean, stderr, n)
-    bottom = worst_mean_interval([-m for m in mean], stderr, n, worst="min")
-    assert (bottom.estimate, bottom.low, bottom.high) == pytest.approx((-top.estimate, -top.high, -top.low))
-    assert top.estimate == 0.7
-    assert top.high == pytest.approx(
-        0.65 + scipy_stats.t.ppf(0.975, 9) * 0.1
-    )  # the small group sets the upper end
-    assert top.low == pytest.approx(0.7 - scipy_stats.t.ppf(1 - 0.05 / 6, 39) * 0.04)
-    with pytest.raises(ValueError, match="worst="):
-        worst_mean_interval(mean, stderr, n, worst="least")
 
 
 def test_the_simulation_prints_and_writes_its_numbers(tmp_path, capsys):
