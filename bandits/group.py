@@ -35,7 +35,7 @@ class GroupArm:
     solver       gradient: ``iterations`` full-batch steps of size ``lr`` | closed_form: ipo only, ``iterations`` updates of
                  the group weights, each followed by the exact weighted least-squares solution
     step_size    eta of the robust weights; ``chi`` in [0, 1]: 0 is importance sampling, 1 fully robust
-    ridge        added to the closed form's Gram matrix, and ridge/2 |theta|^2 to the gradient's objective
+    ridge        ridge |theta|^2 is added to the objective of either solver
     logps        linear: scores <phi, theta> | log: normalised log-probs over all actions (the same margin)
     closed_form_weights  mean: W = alpha_g / N_g, so alpha weighs group means | example: W = alpha_g, Algorithm 2 as printed
     group_loss   mean | divided_twice: the published code's mean divided by N_g once more, kept to show what it does
@@ -148,9 +148,8 @@ def train_gradient(
         means = train.group_means(losses)  # (R, G)
         # an example counts weight_g; a group's mean loss counts weight_g N_g / N
         per_group = torch.stack([s.weights(groups, train.counts, n) for s in states])
-        objective = (per_group * means * torch.tensor(train.counts) / n).sum(
-            1
-        ) + arm.ridge / 2 * theta.square().sum(1)
+        objective = (per_group * means * torch.tensor(train.counts) / n).sum(1)
+        objective = objective + arm.ridge * theta.square().sum(1)
         (gradient,) = torch.autograd.grad(objective.sum(), theta)
         if step % eval_every == 0 or step == arm.iterations:
             _record(curves, rows, step, arm, theta.detach(), states, train, validation, test)

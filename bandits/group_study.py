@@ -79,6 +79,9 @@ class GroupStudy:
             raise UserError(f"arms: two arms are called {label!r}")
         if self.num_seeds < 2:
             raise UserError(f"num_seeds={self.num_seeds}: an interval needs at least 2")
+        for name, least in (("num_validation", NUM_GROUPS), ("num_test", 1), ("eval_every", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
 
     @property
     def seeds(self) -> range:

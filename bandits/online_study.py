@@ -92,6 +92,9 @@ class OnPolicyStudy:
             raise UserError(f"vary={self.vary}: must be a field of an arm: {', '.join(known)}")
         if self.num_seeds < 2:
             raise UserError(f"num_seeds={self.num_seeds}: an interval needs at least 2")
+        for name in ("eval_every", "num_eval", "tuning_seeds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         names = [self.cell(arm, 0) for arm in self.arms]
         for name in {n for n in names if names.count(n) > 1}:
             raise UserError(
