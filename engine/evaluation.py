@@ -142,7 +142,7 @@ def summarize(
 
     Losses count an example's weight (divided by the number of examples, or of response tokens for unit="token").
     The interval is Wilson's where every prompt occurs once, and a cluster bootstrap by prompt where prompts repeat (Wilson's
-    over prompts where all examples agree).
+    over the effective number of prompts where all examples agree; the worst group's interval rests on that number, too).
     """
     out: dict[str, float] = {}
     present = [g for g in groups if any(r["group"] == g for r in records)]
@@ -193,7 +193,8 @@ def _accuracy_intervals(
         for g, rows in members.items():
             interval = accuracy_interval(rows, metric)
             out[f"{name}/group_{g}/ci_low"], out[f"{name}/group_{g}/ci_high"] = interval.low, interval.high
-            n = len({r["prompt_key"] for r in rows})  # prompts, not rows, are independent
+            # prompts, not rows, are independent, and those with many rows decide more
+            n = stats.effective_clusters([r["prompt_key"] for r in rows])
             wins.append(interval.estimate * n)
             counts.append(n)
         worst = stats.worst_group_interval(wins, counts)
@@ -217,6 +218,6 @@ def share_interval(wins: Sequence[float], prompts: Sequence[str]) -> stats.Inter
     if (
         values == values[0]
     ).all():  # all right, all wrong or all tied: every resample says the same, with no width
-        found = stats.wilson(float(values[0]) * num_prompts, num_prompts)
-        return replace(found, estimate=float(values[0]))
+        n = stats.effective_clusters(prompts)
+        return replace(stats.wilson(float(values[0]) * n, n), estimate=float(values[0]), n=num_prompts)
     return stats.cluster_bootstrap(values, prompts, seed=0)

@@ -130,6 +130,13 @@ def _cluster_sums(values: Array, clusters: Sequence | NDArray | None) -> tuple[A
     return sums, counts
 
 
+def effective_clusters(clusters: Sequence | NDArray) -> float:
+    """(sum of cluster sizes)^2 / (sum of their squares): as many independent values vary as much as the mean over clusters whose
+    values are all alike. The number of clusters where they are of one size, fewer where a few hold most values."""
+    _, sizes = np.unique(np.asarray(clusters), return_counts=True)
+    return float(sizes.sum()) ** 2 / float((sizes.astype(np.float64) ** 2).sum())
+
+
 def cluster_bootstrap(
     values: ArrayLike,
     clusters: Sequence | NDArray | None,

@@ -53,9 +53,8 @@ def test_intervals_count_prompts_not_rows():
     found = summarize([*RECORDS, record("b", "s", 8.0, 0.0)], ["a", "b"], "eval")
     repeated = stats.cluster_bootstrap([0.5, 0.0, 0.0], ["r", "s", "s"])
     assert found["eval/rewards/accuracies/group_b/ci_high"] == repeated.high
-    worst = stats.worst_group_interval(
-        [2 / 3 * 2, 1 / 6 * 2], [2, 2]
-    )  # of two prompts each, not of three rows
+    n = 9 / 5  # (1 + 2)^2 / (1 + 4): two prompts each, one of which decides two rows of three
+    worst = stats.worst_group_interval([2 / 3 * n, 1 / 6 * n], [n, n])
     name = "eval/rewards/accuracies/worst_group"
     assert (found[f"{name}/ci_low"], found[f"{name}/ci_high"]) == pytest.approx((worst.low, worst.high))
 

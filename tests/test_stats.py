@@ -13,6 +13,7 @@ from engine.stats import (
     Interval,
     cluster_bootstrap,
     cluster_mean,
+    effective_clusters,
     mean_interval,
     needed_n,
     paired_difference,
@@ -200,6 +201,18 @@ def test_worst_group_interval_covers_in_every_design_and_the_naive_one_does_not(
         assert row["bias"] <= 0.002  # the smallest observed share is never too high on average
     assert results["tied"]["naive_coverage"] < 0.90
     assert results["tied"]["bias"] < -0.05
+
+
+def test_the_worst_groups_interval_covers_where_one_prompt_has_most_rows():
+    """Rows of a prompt that agree are one observation, and one of 24 prompts holds half of each group's."""
+    sizes = np.array([1] * 23 + [23])
+    n = effective_clusters(np.repeat(np.arange(24), sizes))
+    assert n == pytest.approx(46**2 / (23 + 23**2)) and effective_clusters(list("aabb")) == 2
+    right = stream(6, "test/unequal prompts").random((4000, 3, 24)) < 0.7
+    low, high = worst_group_bounds((right @ sizes) / 46 * n, n)
+    assert ((low <= 0.7) & (high >= 0.7)).mean() >= 0.94
+    low, high = worst_group_bounds((right @ sizes) / 46 * 24, 24)  # all prompts counted alike
+    assert ((low <= 0.7) & (high >= 0.7)).mean() < 0.8
 
 
 def test_the_simulation_prints_and_writes_its_numbers(tmp_path, capsys):

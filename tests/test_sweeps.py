@@ -234,8 +234,11 @@ def test_the_printed_table_has_a_column_of_accuracies_where_there_are_some(tmp_p
 def test_repeated_prompts_that_all_agree_still_have_an_interval():
     """A bootstrap of equal values has no width."""
     records = [{"rewards/accuracies": 1.0, "prompt_key": key} for key in "aabbc"]
-    found, three = accuracy_interval(records), stats.wilson(3, 3)
-    assert (found.estimate, found.low, found.high, found.n) == (1.0, three.low, three.high, 3)
+    found, fewer = (
+        accuracy_interval(records),
+        stats.wilson_bounds(25 / 9, 25 / 9),
+    )  # (2 + 2 + 1)^2 / (4 + 4 + 1)
+    assert (found.estimate, found.low, found.high, found.n) == (1.0, *fewer, 3)
     records[0]["rewards/accuracies"] = 0.0
     assert accuracy_interval(records) == stats.cluster_bootstrap([0, 1, 1, 1, 1], list("aabbc"), seed=0)
 
