@@ -233,6 +233,8 @@ def test_goqa_folds_cover_every_question_once(survey):
             held_out = {e.prompt for s in ("test", "validation") for e in splits[s]}
             assert not held_out & {e.prompt for e in splits["train"]}
             assert len(held_out) + len(splits["train"]) == 200
+            if split_by == "row":
+                assert len(splits["test"]) == len(splits["validation"]) == 20
             tested += held_out
         assert len(tested) == len(set(tested)) == 200
 

@@ -108,6 +108,14 @@ def test_bootstrap_agrees_with_t_and_takes_a_statistic_of_sums():
     assert cluster_bootstrap(table[:, 0], None, draws=4000, seed=1) != mean
 
 
+def test_the_bootstrap_divides_by_the_rows_that_it_drew():
+    """Clusters of unequal size and equal mean: every resample has that mean, only the number of its rows changes."""
+    sizes = [2, 4, 8, 2, 20]
+    clusters = np.repeat(np.arange(5), sizes)
+    found = cluster_bootstrap(np.tile([0.0, 1.0], sum(sizes) // 2), clusters)
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
 def test_the_bootstrap_of_few_clusters_is_as_wide_as_students_t():
     """Eight normal scores: without the factor for C clusters in the tail it is 6 % narrower."""
     scores = scipy_stats.norm.isf((np.arange(8) + 0.5) / 8)
