@@ -30,7 +30,7 @@ from engine.samples import Sampler
 from run_data import Data, build_plan, check_groups, load_data
 from run_models import RunModels, describe, verify_scorer
 from trainers import Parts, Trainer
-from utils import UserError, git_facts, log, versions, write_atomic
+from utils import UserError, git_facts, log, versions, without_nan, write_atomic
 
 ROOT = Path(__file__).resolve().parent
 
@@ -192,7 +192,7 @@ class _Session:
     def report(self, summary: Mapping[str, Any], merge: bool) -> None:
         rows = map(json.loads, (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         write_atomic(self.run_dir / "results.csv", results.to_csv(results.evaluation_rows(rows)))
-        write_atomic(self.run_dir / "results.json", json.dumps(summary, indent=1) + "\n")
+        write_atomic(self.run_dir / "results.json", json.dumps(without_nan(summary), indent=1) + "\n")
         sys.stdout.write(f"\n{results.render(summary, self.run_dir)}")
         if merge:
             self.merge(summary["examples"])

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -51,6 +52,15 @@ def stream(seed: int, name: str, *keys: int | str) -> np.random.Generator:
 
 
 # ---------------------------------------------------------------------------------------------- hashes, files
+
+
+def without_nan(value: Any) -> Any:
+    """A JSON-able value with None for every NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def content_hash(value: Any) -> str:

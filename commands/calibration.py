@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from engine.stats import Interval, cluster_mean, wilson_bounds
-from utils import log, stream
+from utils import log, stream, without_nan
 
 LARGEST = 1000.0  # temperatures are sought in [1 / LARGEST, LARGEST]
 BINS = 10
@@ -146,7 +146,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; numbers that are not defined (an interval of one prompt) are None."""
-        return _without_nan(asdict(self))
+        return without_nan(asdict(self))
 
     def log(self) -> None:
         """The numbers, and a warning where the scorer knows nothing about the labels."""
@@ -166,14 +166,6 @@ class Calibration:
             )
         elif self.temperature < 1.01 / LARGEST:
             log.warning("the scorer makes no mistake on %s: too few pairs to calibrate on", self.split)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def calibrate(pairs: Pairs, split: str, folder: Path) -> Calibration:

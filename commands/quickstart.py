@@ -17,6 +17,7 @@ from commands import report
 from config.compose import compose
 from data import opinions
 from data.opinions import bayes_accuracy
+from engine.results import accuracy_cell
 from plot_scripts.quickstart import quickstart_figure
 from utils import UserError, setup_logging
 
@@ -100,9 +101,8 @@ def table(results: dict, bayes: dict[str, float], overall: float) -> str:
     for row in results["splits"]["test"]["table"]:
         best = overall if row["group"] == "all" else bayes[row["group"]]
         closed = (row["accuracy"] - 0.5) / (best - 0.5)
-        accuracy = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
         lines.append(
-            f"  {row['group']:<8} {row['loss']:>8.4f}  {accuracy:<26} {best:>6.3f}  {closed:>9.0%}  {row['n']:>6}"
+            f"  {row['group']:<8} {row['loss']:>8.4f}  {accuracy_cell(row):<26} {best:>6.3f}  {closed:>9.0%}  {row['n']:>6}"
         )
     return "\n".join(lines) + "\n\nWritten:"
 

@@ -17,7 +17,7 @@ import torch
 from data.schema import Batch, Example, Row
 from engine.stats import mean_interval
 from preference_datasets import Counts, Tokenization, tokenize
-from utils import log, stream
+from utils import log, stream, without_nan
 
 DATA, DRAWN = ("chosen", "rejected"), ("aux_1", "aux_2")
 LEVEL = 0.001  # of a false warning, per statistic
@@ -72,7 +72,8 @@ class Comparison:
         return any(s.differs for s in self.statistics)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "differs": self.differs}
+        """JSON-able; the gap of a single row has no interval, so None."""
+        return without_nan({**asdict(self), "differs": self.differs})
 
     def log(self, split: str) -> None:
         """What was found; a warning that says what to do where the laws differ."""

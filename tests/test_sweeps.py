@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from engine import metric_names, results, stats
 from engine.evaluation import accuracy_interval
 from plot_scripts import make_figures
 from tests.test_metrics import FakeClient
-from utils import UserError, log
+from utils import UserError, log, without_nan
 
 SMALL = [
     "model=tiny-llama", "data.opinions.num_train=30", "data.opinions.num_validation=10", "data.opinions.num_test=20",
@@ -229,6 +230,18 @@ def test_the_printed_table_has_a_column_of_accuracies_where_there_are_some(tmp_p
     assert (
         "reward accuracy [95% interval]" in head and "0.500 [0.250, 0.750]" in row and len(head) == len(row)
     )
+    for nothing in (math.nan, None):  # of one prompt; as it is computed, and as results.json has it
+        row = printed(accuracy=0.5, ci_low=nothing, ci_high=nothing)[1]
+        assert row.split() == ["all", "0.5000", "0.500", "7"]
+
+
+def test_results_json_has_null_where_one_prompt_gives_no_interval():
+    records = [{"prompt_key": "p", "weight": 1.0, "loss": 0.5, "rewards/accuracies": x} for x in (0.0, 1.0)]
+    table = {"table": [results.group_row(records)], "more": (math.nan, 1.0, "NaN")}
+    assert json.loads(json.dumps(without_nan(table), allow_nan=False)) == {
+        "table": [{"n": 2, "prompts": 1, "loss": 0.5, "accuracy": 0.5, "ci_low": None, "ci_high": None}],
+        "more": [None, 1.0, "NaN"],
+    }
 
 
 def test_repeated_prompts_that_all_agree_still_have_an_interval():
