@@ -85,8 +85,8 @@ class _Session:
         if self.config.fresh:
             rundir.set_aside(self.run_dir)
         allow = self.config.resume_allow
-        rundir.check_config(self.run_dir, self.run_.plain, allow=allow, ignore=NOT_IDENTITY)
-        done = _finished(self.run_dir)
+        changed = rundir.check_config(self.run_dir, self.run_.plain, allow=allow, ignore=NOT_IDENTITY)
+        done = None if changed else _finished(self.run_dir)  # a finished run with more epochs goes on
         if done is None:
             checkpoint.rehearse(self.run_dir)
         return done

@@ -178,7 +178,7 @@ class Trainer:
         self.parts.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         self.examples += len(drawn)
-        self.logged, self.judged = [], False
+        self.logged, self.judged, self.restored = [], False, {}
         self.spike.update(self.step_count, metrics["train/loss"], norm, uids)
         counters = {"skipped_steps": float(self.guard.skipped), "spikes": float(self.spike.count)}
         return metrics | {f"train/{k}": v for k, v in self.weighting.metrics().items()} | counters
@@ -373,8 +373,17 @@ class Trainer:
         evaluation = state["evaluation"]
         self.logged, self.judged = list(evaluation["logged"]), evaluation["judged"]
         self.restored = dict(evaluation["restored"])
-        self.saved_at = self.examples
+        here = {int(path.name[5:]) for path in self.parts.run_dir.glob("step-*") if path.name[5:].isdigit()}
+        self.saved_at = self.examples if self.examples in here else -1  # resume_from: it lies elsewhere
         self.evaluated_at = self.examples
+        best = self.parts.stopper.best_examples()
+        if best is not None and best != self.examples and best not in here:
+            log.warning(
+                "the best checkpoint, step-%d, is not in %s: the best from here on counts",
+                best,
+                self.parts.run_dir,
+            )
+            self.parts.stopper.best = None
 
     def save(self) -> None:
         """Commit a checkpoint of this step (once). Gathering is collective, writing is rank 0's, but for shards."""

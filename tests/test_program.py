@@ -211,6 +211,33 @@ def test_a_group_that_is_not_trained_on_or_measured_is_told_before_a_model_is_lo
         assembly.run_training(run)
 
 
+# the worst evaluation, step-16, is what remains
+KEEPS_WORST = ["loss=dpo", "loss.beta=0.1", "lr=1e-2", "stopping=plateau", "stopping.metric=eval/loss", "stopping.mode=max"]  # fmt: skip
+
+
+def test_a_finished_run_goes_on_where_more_epochs_are_allowed(tmp_path, sft):
+    words = [*KEEPS_WORST, f"model.archive={sft}", "exp_name=x"]
+    run_dir, _ = start(tmp_path, *words)
+    more = ["n_examples=64", "n_epochs=2"]
+    start(tmp_path, *words, *more, "resume_allow=[n_examples,n_epochs]")
+    rows = [row for row in lines(run_dir, "eval") if row["split"] == "eval"]
+    assert [row["examples"] for row in rows[:6]] == [0, 16, 32, 32, 56, 64]
+    assert ["restored_from" in row for row in rows[:6]] == [False, False, False, True, False, False]
+    assert json.loads((run_dir / "results.json").read_text())["examples"] == 64
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    start(tmp_path, *words, *more)  # finished again
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_resumes_from_a_finished_one_elsewhere_ends_as_that_did(tmp_path, sft):
+    words = [*KEEPS_WORST, f"model.archive={sft}"]
+    there, first = start(tmp_path, *words, "exp_name=x")
+    here, second = start(tmp_path, *words, "exp_name=y", f"resume_from={there}")
+    assert first.metric == second.metric and (here / "LATEST" / "model.safetensors").is_file()
+    more = ["n_examples=64", "n_epochs=2", "resume_allow=[n_examples,n_epochs]"]
+    start(tmp_path, *words, *more, "exp_name=z", f"resume_from={there}")  # its best is not in this directory
+
+
 def test_the_same_command_shows_the_finished_results(tmp_path, sft, capsys):
     run_dir, _ = start(tmp_path, "exp_name=x")
     capsys.readouterr()
