@@ -237,7 +237,9 @@ class _Session:
         config, world = self.config, self.world
         state = found.state if found else None
         self.models.check_fresh_pairs()
+        self.run_.data_selection.check_archives()
         scorer = self.models.scorer
+        models.check_positions(self.model, self.data.longest)
         if found is None:
             verify_scorer(self.run_, scorer, self.first_rows())
             log.info("model: %s", describe(self.model))

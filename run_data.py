@@ -33,6 +33,12 @@ class Data:
     source: dict[str, list[int]]  # split -> index into ``datasets`` of each row
     counts: Counts
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one response."""
+        rows = (row for part in self.rows.values() for row in part)
+        return max((len(row.prompt) + max(map(len, row.responses), default=0) for row in rows), default=0)
+
 
 def load_examples(run: Run) -> dict[str, list[list[Example]]]:
     """split -> one list per entry of ``datasets``."""

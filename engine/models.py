@@ -219,6 +219,18 @@ def _from_seed(spec: ModelSpec, num_labels: int | None, tokenizer: PreTrainedTok
         )
 
 
+def check_positions(model: nn.Module, longest: int) -> None:
+    """Raise UserError if the model has a table of positions (GPT-2, OPT) that is shorter than a row; a GPU would abort."""
+    tables = ("wpe", "embed_positions", "position_embeddings")
+    if not any(isinstance(m, nn.Embedding) and name.endswith(tables) for name, m in model.named_modules()):
+        return
+    if longest > (positions := model.config.max_position_embeddings):
+        raise UserError(
+            f"max_length: the longest row has {longest} tokens, but the model has {positions} positions; give max_length={positions} "
+            "or less"
+        )
+
+
 def _from_pretrained(
     spec: ModelSpec,
     num_labels: int | None,

@@ -23,7 +23,7 @@ from engine.archives import weights_hash
 from engine.lora import adapter_off
 from engine.parallel import World
 from losses.types import Scored
-from utils import UserError, content_hash, fsync_directory, log, stream
+from utils import UserError, content_hash, fsync_directory, log, make_folder, stream
 
 __all__ = [
     "AdapterOffReference",
@@ -152,7 +152,7 @@ class CachedReference:
         is damaged.
         """
         start = time.perf_counter()
-        self._logps, self._token_logps = world.broadcast(self._read() if world.is_main else ({}, {}))
+        self._logps, self._token_logps = world.on_main(self._read)
         num_cached = len(self._logps)
         parts = self._missing(rows, roles)
         scorer = self._factory() if parts or check else None
@@ -304,6 +304,7 @@ class CachedReference:
     # ------------------------------------------------------------------ disk
 
     def _read(self) -> tuple[dict[bytes, float], dict[bytes, np.ndarray]]:
+        make_folder(self.folder)  # before anything is computed that could not be kept
         logps: dict[bytes, float] = {}
         token_logps: dict[bytes, np.ndarray] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -334,7 +335,6 @@ class CachedReference:
             tensors["num_tokens"] = torch.tensor([len(p) for _, _, p in entries])
             tensors["token_logps"] = torch.from_numpy(np.concatenate([p for _, _, p in entries]))
         content = save(tensors)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
         temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:

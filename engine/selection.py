@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from data.schema import Batch, Row
+from engine import archives
 from engine.parallel import World
 from losses.types import Loss
 from utils import UserError, stream
@@ -65,16 +66,16 @@ class NoSelection:
     def check(self, loss: Loss) -> None:
         """Any loss will do."""
 
+    def check_archives(self) -> None:
+        """There are none."""
+
     def build(self, size: int | None, seed: int, holdout: Holdout) -> None:
         return None
 
 
 @dataclass(frozen=True)
-class UniformSelection:
+class UniformSelection(NoSelection):
     """``size`` rows without replacement, from the stream (seed, step)."""
-
-    def check(self, loss: Loss) -> None:
-        """Any loss will do."""
 
     def build(self, size: int, seed: int, holdout: Holdout) -> Selector:
         def select(indices: np.ndarray, step: int, losses: Losses) -> np.ndarray:
@@ -109,6 +110,11 @@ class RHOLoss:
                 f"data_selection=rho_loss_dpo: {type(loss).__name__} does not compare a pair with a reference; use it with "
                 "loss=dpo, ipo or another pairwise loss, or data_selection=uniform"
             )
+
+    def check_archives(self) -> None:
+        """Raise UserError unless both are there: they are opened only after the reference has scored its rows."""
+        archives.find(self.ft_state_dict_path, "data_selection.ft_state_dict_path")
+        archives.find(self.sft_state_dict_path, "data_selection.sft_state_dict_path")
 
     def build(self, size: int, seed: int, holdout: Holdout) -> Selector:
         irreducible = holdout(self.ft_state_dict_path, self.sft_state_dict_path)

@@ -22,6 +22,7 @@ from engine.model_spec import ROOT, ModelSpec
 from engine.models import (
     build_policy,
     build_reference,
+    check_positions,
     enable_activation_checkpointing,
     load_tokenizer,
     merge_lora,
@@ -196,6 +197,13 @@ def test_a_missing_tokenizer_or_model_is_an_error_with_its_key():
 
 
 # ---------------------------------------------------------------------------------------------- building
+
+
+def test_a_row_beyond_a_table_of_positions_is_refused_and_rotary_models_have_none():
+    check_positions(policy(make_spec(GPT2)), 64)
+    with pytest.raises(UserError, match="has 65 tokens, but the model has 64 positions"):
+        check_positions(policy(make_spec(GPT2)), 65)
+    check_positions(policy(make_spec(GEMMA)), 65)
 
 
 def test_building_is_deterministic_and_leaves_the_global_generator_alone():

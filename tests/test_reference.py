@@ -340,6 +340,12 @@ def test_the_check_allows_for_the_rounding_of_autocast(tmp_path, scorer):
             cache(tmp_path, lambda: score, kernel=kernel).fill(rows, PAIR, world=ALONE)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        cache(tmp_path / "file", lambda: pytest.fail("scored")).fill(make_rows(), PAIR, world=ALONE)
+
+
 def test_a_flipped_bit_or_a_cut_file_is_an_error_that_names_the_file(tmp_path, scorer):
     rows = make_rows()
     first = cache(tmp_path, Counting(scorer))

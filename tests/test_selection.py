@@ -151,6 +151,12 @@ def rho(tuned: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def test_a_missing_model_is_told_before_the_policy_is_loaded(tmp_path, tuned, monkeypatch):
+    monkeypatch.setattr(assembly.models, "build_policy", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"data_selection\.ft_state_dict_path=/no/such: no such file"):
+        start(tmp_path, *rho(tuned), "data_selection.ft_state_dict_path=/no/such")
+
+
 def test_a_continued_run_chooses_the_same_rows(tmp_path, tuned):
     whole = start(tmp_path, *rho(tuned), "exp_name=whole")
     assert [row["examples"] for row in whole] == [16, 32, 40, 48]
