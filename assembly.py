@@ -27,7 +27,7 @@ from engine.metrics import MetricsLog, WandbSettings
 from engine.optim import Schedule, build_optimizer, restore_optimizer
 from engine.parallel import World
 from engine.samples import Sampler
-from run_data import Data, build_plan, check_groups, load_data
+from run_data import Data, build_plan, check_groups, check_preferences, load_data
 from run_models import RunModels, describe, verify_scorer
 from trainers import Parts, Trainer
 from utils import UserError, git_facts, log, versions, without_nan, write_atomic
@@ -148,6 +148,7 @@ class _Session:
         self.report_data()
         if config.audit:
             return Outcome(None)
+        check_preferences(self.run_, self.rows_to_score)
         if not config.eval_only_once:
             check_groups(self.run_, self.data.groups, self.eval_rows)
             _ = self.weighting  # it may refuse the data, and no model is loaded yet

@@ -130,6 +130,22 @@ def check_columns(examples: Sequence[Example], scalars: Sequence[str], name: str
                 )
 
 
+def check_preferences(run: Run, splits: Mapping[str, Sequence[Row]]) -> None:
+    """Rows with auxiliary responses need the columns that the loss reads of them; ``fresh_pairs`` makes those of train."""
+    needs = run.loss.needs
+    for split, rows in splits.items():
+        if split == "train" and run.config.fresh_pairs.num_pairs:
+            continue
+        with_aux = [row for row in rows if set(needs.optional_roles) & set(row.roles)]
+        for column in needs.optional_scalars:
+            bare = [row for row in with_aux if column not in {*row.scalars, *row.response_scalars}]
+            if bare:
+                raise UserError(
+                    f"{bare[0].uid}: has auxiliary responses but no {column}, like {len(bare)} of {len(rows)} {split} rows; "
+                    "add the column with commands.annotate"
+                )
+
+
 def check_groups(run: Run, groups: Sequence[str], splits: Mapping[str, Sequence[Row]]) -> None:
     """Where group weights or the stopping rule rest on groups, each must be in every evaluated split: a worst group that
     leaves one out is not the worst. Raises UserError."""

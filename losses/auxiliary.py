@@ -12,6 +12,7 @@ from losses.types import Scored
 from utils import UserError
 
 AUX = ("aux_1", "aux_2")
+PREFERENCES = ("chosen_preference", "aux_preference")
 
 
 @dataclass(frozen=True)

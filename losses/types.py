@@ -18,6 +18,7 @@ class Needs:
     reference         roles scored by the reference model without gradient; empty: no reference is loaded.
     optional_roles    roles of ``policy``/``reference`` that a row may lack or have several of (VRPO's aux_1, aux_2).
     scalars           columns every row must have (checked when the data is read).
+    optional_scalars  columns that a row with one of ``optional_roles`` must have (checked before a model is loaded).
     tokens            also return per-token log-probs.
     unit              what the mean is over: "example" (sum of losses / examples of the optimizer step) or "token"
                       (sum of losses / response tokens of the policy roles in the optimizer step).
@@ -31,6 +32,7 @@ class Needs:
     reference: tuple[str, ...] = ()
     optional_roles: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    optional_scalars: tuple[str, ...] = ()
     tokens: bool = False
     unit: Literal["example", "token"] = "example"
     output: Literal["logps", "reward", "embedding"] = "logps"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.schema import Batch
 from losses import vrpo_metrics
-from losses.auxiliary import AUX, AuxPairs, aux_pairs
+from losses.auxiliary import AUX, PREFERENCES, AuxPairs, aux_pairs
 from losses.pairwise import DPO, IPO, PAIR, Hinge, PairwiseLoss, Ramp, expected, require
 from losses.reward import centring, margin_column
 from losses.types import LossOutput, Needs, Scored, reward_metrics, soft_label
@@ -95,7 +95,12 @@ class VarianceReduced(PairwiseLoss):
     @property
     def needs(self) -> Needs:
         roles = PAIR + AUX
-        return Needs(policy=roles, reference=() if self.reference_free else roles, optional_roles=AUX)
+        return Needs(
+            policy=roles,
+            reference=() if self.reference_free else roles,
+            optional_roles=AUX,
+            optional_scalars=PREFERENCES,
+        )
 
     def link(self, margin: Tensor) -> Tensor:
         return BASES[self.base](beta=self.beta).link(margin)
@@ -159,7 +164,7 @@ class VarianceReducedReward:
 
     @property
     def needs(self) -> Needs:
-        return Needs(policy=PAIR + AUX, optional_roles=AUX, output="reward")
+        return Needs(policy=PAIR + AUX, optional_roles=AUX, optional_scalars=PREFERENCES, output="reward")
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         return vrpo_metrics.diagnostics(means)

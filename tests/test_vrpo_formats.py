@@ -15,6 +15,7 @@ from data.schema import Batch
 from engine import models
 from engine.scoring import Scorer
 from tests.vrpo_tools import local, run_of, trained
+from utils import UserError
 
 ROLES = ("chosen", "rejected", "aux_1", "aux_2")
 STAGES = {
@@ -75,6 +76,21 @@ def test_every_format_trains_in_both_stages(tmp_path, form, stage):
         assert abs(steps[-1]["train/loss"] - math.log(2)) > 1e-4
     results = json.loads((tmp_path / "runs" / "run" / "results.json").read_text())
     assert set(results["splits"]) == {"validation", "test"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_auxiliary_responses_without_preferences_are_refused_before_a_model_is_loaded(
+    tmp_path, monkeypatch, stage
+):
+    """What commands.sample wrote, and no commands.annotate: in training rows and in those of an evaluation."""
+    monkeypatch.setattr(models, "build_policy", None)
+    for split, number in (("test", 4), ("train", 16)):
+        data = data_in(tmp_path / "data", "standard")
+        bare = [{k: v for k, v in row_of("standard", i).items() if "_pref" not in k} for i in range(number)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+        told = f"local/{split}:1: has auxiliary responses but no chosen_preference, like {number} of {number} {split} rows"
+        with pytest.raises(UserError, match=told):
+            trained(tmp_path, split, *STAGES[stage], data=data)
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
