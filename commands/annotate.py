@@ -293,15 +293,21 @@ def score(
     texts = content_hash([jsonl.without_preferences(one.row) for one in rows])[:16]
     where = out / "scores" / (f"{name}.jsonl" if fold is None else f"{name}-fold_{fold}.jsonl")
     output = Output(where, {**identity, "rows": texts})
-    todo = [one for one in rows if one.example.uid not in output.done]
-    with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="row", desc=name, mininterval=1.0) as bar:
-        for start in range(0, len(todo), settings.batch_size):
-            part_ = todo[start : start + settings.batch_size]
+    with tqdm(total=len(rows), initial=len(output.done), unit="row", desc=name, mininterval=1.0) as bar:
+        for start in range(0, len(rows), settings.batch_size):
+            # a batch that a kill cut in the middle is scored whole again: other company would round otherwise
+            part_ = rows[start : start + settings.batch_size]
+            missing = [one.example.uid for one in part_ if one.example.uid not in output.done]
+            if not missing:
+                continue
             with autocast(run.config.precision, parallel.pick_device(run.config.device)):
                 found = scorer(part_)
-            made = [{"failed": f} if isinstance(f, str) else {"log_odds": f.tolist()} for f in found]
-            output.append({"uid": one.example.uid, **f} for one, f in zip(part_, made, strict=True))
-            bar.update(len(part_))
+            made = {
+                one.example.uid: {"failed": f} if isinstance(f, str) else {"log_odds": f.tolist()}
+                for one, f in zip(part_, found, strict=True)
+            }
+            output.append({"uid": uid, **made[uid]} for uid in missing)
+            bar.update(len(missing))
     lines = map(
         json.loads, where.read_bytes().splitlines()
     )  # as bytes: a uid may hold what ends a line of text
