@@ -356,6 +356,9 @@ def test_calibration_metrics():
     assert metrics["vrpo/g"].item() == pytest.approx(0.7)
     assert metrics["vrpo/p"].item() == pytest.approx(0.9)
     assert metrics["vrpo/brier"].item() == pytest.approx(0.04)
+    assert [metrics[f"vrpo/{name}"].item() for name in ("gg", "gp", "pp")] == pytest.approx(
+        [0.04, 0.08, 0.16]
+    )
 
 
 def test_metrics_of_the_auxiliary_responses_and_of_the_two_laws():
@@ -363,23 +366,31 @@ def test_metrics_of_the_auxiliary_responses_and_of_the_two_laws():
         pair_row(1.0, [(0.5, 0.6), (-1.5, 0.2)], chosen_preference=0.7),
         pair_row(2.0, [], chosen_preference=math.nan),
     ]
+    sizes = iter(((9, 0.3), (2, -0.4), (3, 0.1), (4, 0.7), (1, -1.2), (5, 0.2), (7, 0.0), (7, 0.0)))
+    rows = [
+        dataclasses.replace(
+            row,
+            responses=tuple(
+                dataclasses.replace(r, tokens=tokens, reference=reference)
+                for r, (tokens, reference) in zip(row.responses, sizes, strict=False)
+            ),
+        )
+        for row in rows
+    ]
     case = build(rows)
     metrics = call(VarianceReduced(0.3), case).metrics
-    roles, logps, tokens = (
-        case.policy.roles[:6],
-        case.policy.logps[:6].detach(),
-        case.policy.num_tokens[:6].double(),
-    )
+    roles, logps = case.policy.roles[:6], case.policy.logps[:6].detach()
     assert roles == ("chosen", "rejected", "aux_1", "aux_2", "aux_1", "aux_2")
-    gap = case.reference.logps[:2].mean() - case.reference.logps[2:6].mean()
+    gap = (0.3 - 0.4) / 2 - (0.1 + 0.7 - 1.2 + 0.2) / 4
+    own = 1 / (1 + math.exp(-0.3 * (1.0 - (0.3 + 0.4))))
     expected = {
         "logps/aux": logps[2:].mean(),
         "rewards/aux": 0.3 * (logps - case.reference.logps[:6])[2:].mean(),
-        "vrpo/length_gap": tokens[:2].mean() - tokens[2:].mean(),
+        "vrpo/length_gap": (9 + 2) / 2 - (3 + 4 + 1 + 5) / 4,
         "vrpo/logp_ref_gap": gap,
         "vrpo/logp_ref_gap_sq": gap**2,
-        "vrpo/p_model": 1 / (1 + math.exp(-0.3)),
-        "vrpo/g_error": (0.7 - 1 / (1 + math.exp(-0.3))) ** 2,
+        "vrpo/p_model": own,
+        "vrpo/g_error": (0.7 - own) ** 2,
     }
     for name, value in expected.items():
         assert metrics[name][0].item() == pytest.approx(float(value), rel=1e-6, abs=1e-9), name
