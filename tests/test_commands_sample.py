@@ -92,6 +92,32 @@ def test_what_is_drawn_is_a_function_of_seed_uid_and_index_alone(drawn, tmp_path
     assert rows_of(tmp_path / "seed" / "train.jsonl")[5]["aux_responses"] != found["aux_responses"]
 
 
+def test_the_model_temperature_and_top_p_are_those_asked_for(tmp_path):
+    archive = trained(tmp_path, "sft", "loss=sft", "n_examples=16", "lr=0.01", "do_first_eval=false")
+    few = "data.opinions.num_train=5"
+    run, out = run_of(tmp_path, f"model.archive={archive}", few), tmp_path / "out"
+    law = {"temperature": 0.7, "top_p": 0.8}
+    sample.run(run, Settings(out=str(out), max_new_tokens=8, check=0, **law))
+    written = [text for row in rows_of(out / "train.jsonl") for pair in row["aux_responses"] for text in pair]
+    tokenizer = models.load_tokenizer(run.model)
+    rows = run_data.load_data(run, tokenizer, DPO(beta=1.0)).rows["train"]
+    keys = [(row.uid, i) for row in rows for i in (0, 1)]
+
+    def texts(archive: str | None, **law: float) -> list[str]:
+        model = models.build_reference(run.model, archive=archive, device="cpu", tokenizer=tokenizer)
+        prompts = [row.prompt for row in rows for _ in (0, 1)]
+        how = {"max_new_tokens": 8, "seed": 0, "keys": keys, "batch_size": 8, **law}
+        drawn = sampling.generate(model, tokenizer, prompts, **how)
+        found = [(tokenizer.decode(s.ids, skip_special_tokens=True), s.finished) for s in drawn]
+        return [text if finished else text.rstrip("\ufffd") for text, finished in found]
+
+    assert texts(archive, **law) == written
+    for other in (texts(None, **law), texts(archive, top_p=0.8), texts(archive, temperature=0.7)):
+        assert other != written
+    with pytest.raises(UserError, match=r"made with other settings \(weights: "):  # drawn from another model
+        sample.run(run_of(tmp_path, few), Settings(out=str(out), max_new_tokens=8, check=0, **law))
+
+
 def test_training_reads_them_with_an_eos_only_where_the_model_ended(drawn):
     run = run_of(drawn, data=local(drawn / "out"))
     tokenizer = models.load_tokenizer(run.model)

@@ -97,6 +97,7 @@ def test_worked_by_hand_for_both_links():
     out = call(VarianceReduced(0.5), build([row]))
     assert out.losses.item() == pytest.approx(i1 - i2 + i3, rel=1e-12)
     assert [out.metrics[f"vrpo/i{k}"].item() for k in (1, 2, 3)] == pytest.approx([i1, i2, i3], rel=1e-12)
+    assert out.metrics["vrpo/i3_minus_i2"].item() == pytest.approx(i3 - i2, rel=1e-12)
     auto = call(VarianceReduced(0.5, lam="auto"), build([row])).losses.item()
     assert auto == pytest.approx(i1 + 2 / 3 * (i3 - i2), rel=1e-12)
     # ramp: T(.25) = .75, T(-.25) = 1.25, T(-.5) = 1.5, T(.5) = .5, T(2) = 0, T(-2) = 1.5

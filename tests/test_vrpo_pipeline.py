@@ -160,7 +160,7 @@ def fresh(way: Path, *words: str):
     return session.models.build_fresh_pairs(), session
 
 
-def test_every_epoch_draws_other_pairs_and_scores_them_with_the_reward_model(way):
+def test_every_epoch_draws_other_pairs_and_scores_them_with_the_reward_model(way, monkeypatch):
     draw, session = fresh(way, "fresh_pairs.temperature=2.0")
     rows = session.data.rows["train"][:3]
     first, again, second = (draw(rows, epoch) for epoch in (0, 0, 1))
@@ -175,6 +175,9 @@ def test_every_epoch_draws_other_pairs_and_scores_them_with_the_reward_model(way
         )
         assert all(len(r) == 4 or r[-1] == session.tokenizer.eos_token_id for r in a.responses[2:])
     assert [r.tolist() for r in alone.responses] == [r.tolist() for r in first[1].responses]
+    with draw.reference() as model:  # what a chat model's turns end with, which labelled responses need not
+        monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(200)))
+        assert draw(rows, 0)[0].responses[2].tolist() == first[0].responses[2].tolist()
     scorer = draw.preference.scorer
     values = scorer(Batch.collate(first), ROLES).values.detach().view(3, 3, 2)
     expected = torch.sigmoid((values[..., 0] - values[..., 1]) / 2)
