@@ -30,6 +30,7 @@ while [ "$n" -gt 0 ]; do
     --seeds) seeds=$(echo "$value" | tr ',' ' ') ;;
     seeds=*) seeds=$(echo "${word#*=}" | tr ',' ' ') ;;
     --nseeds)
+        case $value in '' | *[!0-9]*) fail "--nseeds $value: must be a number, of the last seed: 4 is seeds 0 to 4" ;; esac
         seeds= k=0
         while [ "$k" -le "$value" ]; do seeds="$seeds $k" k=$((k + 1)); done
         ;;
@@ -52,6 +53,10 @@ while [ "$n" -gt 0 ]; do
         ;;
     *) set -- "$@" "$word" ;; # to the end of the list: after n words it holds what is left, in order
     esac
+done
+[ -n "$(echo $seeds)" ] || fail "--seeds: no seed is named, e.g. --seeds \"0 1\""
+for seed in $seeds; do
+    case $seed in *[!0-9]*) fail "--seeds $seed: must be whole numbers, e.g. --seeds \"0 1\"" ;; esac
 done
 [ -z "$fraction" ] || for data in $(echo "$datasets" | tr ',' ' '); do set -- "$@" "data.$data.train_frac=$fraction"; done
 sh scripts/setup.sh

@@ -180,6 +180,9 @@ def test_the_flags_of_the_reference_s_scripts_all_arrive(tmp_path):
         (["--step_sizes", "1,2"], "--exp_name"),
         (["--seed", "1"], "--seeds"),
         (["--loss_beta"], "--loss_beta: a value is missing"),
+        (["--nseeds", "many"], "--nseeds many: must be a number"),
+        (["--seeds", "0 x"], "--seeds x: must be whole numbers"),
+        (["--seeds", ""], "no seed is named"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, words, told):
