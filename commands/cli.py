@@ -67,10 +67,14 @@ def usage(name: str, settings: type, work: Callable) -> str:
         (work.__doc__ or "").strip(),
     ]
     for f in dataclasses.fields(settings):
-        default = "required" if f.default is dataclasses.MISSING else f"{f.default}"
+        default = "required" if f.default is dataclasses.MISSING else _as_typed(f.default)
         lines.append(f"  {name}.{f.name}  ({default})")
     lines += ["", (settings.__doc__ or "").strip()]
     return "\n".join(lines)
+
+
+def _as_typed(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else "null" if value is None else str(value)
 
 
 class Output:
