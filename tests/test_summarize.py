@@ -92,6 +92,17 @@ def test_differences_over_prompts_use_the_records_and_cluster_by_prompt(runs, tm
     assert prompts.loc[("gr_ipo", "south")]["n"] == 20
     assert prompts.loc[("gr_ipo", "south")]["difference"] == pytest.approx(pairs[20:].mean())
     assert set(found["b"]) == {"ipo"}
+    # dpo has the seeds 1, 2 and 3: of each method the runs of the seeds that both have
+    both = [
+        np.mean(
+            [
+                [r["loss"] for r in read_rows(runs / f"{m}_seed_{s}" / "records" / "test-500.jsonl")]
+                for s in (1, 2)
+            ]
+        )
+        for m in ("dpo", "ipo")
+    ]
+    assert prompts.loc[("dpo", "all")]["difference"] == pytest.approx(both[0] - both[1])
 
 
 def test_what_is_not_resolved_says_which_n_would_do(runs, tmp_path, capsys):
