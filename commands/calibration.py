@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from engine.stats import Interval, cluster_mean, wilson_bounds
-from utils import log, stream, without_nan
+from engine.stats import Interval, cluster_mean, share_interval
+from utils import content_hash, log, stream, without_nan
 
 LARGEST = 1000.0  # temperatures are sought in [1 / LARGEST, LARGEST]
 BINS = 10
@@ -93,28 +93,27 @@ class Curve:
 
 def curve(odds: np.ndarray, outcome: np.ndarray, prompt: Sequence[str]) -> Curve:
     """Reliability in ten equally wide bins; the pairs are turned already. Ties count 1/2 in the accuracy."""
-    p = sigmoid(odds)
+    p, names = sigmoid(odds), np.array(prompt)
     index = np.minimum((p * BINS).astype(int), BINS - 1)
     bins = []
     for b in range(BINS):
         mine = index == b
         n = int(mine.sum())
         if n:
-            observed = float(outcome[mine].mean())
-            low, high = wilson_bounds(observed * n, n)
+            observed = share_interval(outcome[mine], names[mine])
             bins.append(
                 {
                     "low": b / BINS,
                     "high": (b + 1) / BINS,
                     "n": n,
                     "predicted": float(p[mine].mean()),
-                    "observed": observed,
-                    "observed_low": float(low),
-                    "observed_high": float(high),
+                    "observed": observed.estimate,
+                    "observed_low": observed.low,
+                    "observed_high": observed.high,
                 }
             )
     right = np.where(odds == 0, 0.5, np.where(odds > 0, outcome, 1 - outcome))
-    brier: Interval = cluster_mean((p - outcome) ** 2, np.array(prompt))
+    brier: Interval = cluster_mean((p - outcome) ** 2, names)
     error = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins) / len(p)
     return Curve(
         n=len(p),
@@ -174,8 +173,11 @@ def calibrate(pairs: Pairs, split: str, folder: Path) -> Calibration:
     odds = {"raw": pairs.odds * sign, "calibrated": cross_fitted(pairs) * sign}
     with (folder / "calibration.csv").open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle)
-        writer.writerow(("method", "p", "y", "uid"))
+        writer.writerow(("method", "p", "y", "uid", "prompt"))
+        prompts = [content_hash(prompt)[:16] for prompt in pairs.prompt]
         for name, values in odds.items():
-            writer.writerows(zip([name] * len(values), sigmoid(values), outcome, pairs.uid, strict=True))
+            writer.writerows(
+                zip([name] * len(values), sigmoid(values), outcome, pairs.uid, prompts, strict=True)
+            )
     raw, fitted = (curve(values, outcome, pairs.prompt) for values in odds.values())
     return Calibration(split, fit_temperature(pairs), raw, fitted)

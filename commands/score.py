@@ -33,7 +33,7 @@ from commands.wins import Contest, Referee, Win, referees
 from config.compose import Run, recorded
 from data.schema import Batch, Example, Row
 from engine import archives, checkpoint, models, parallel, results, runtime, sampling, scoring, stats
-from engine.evaluation import ACCURACIES, PREFIX, Evaluator, share_interval
+from engine.evaluation import ACCURACIES, PREFIX, Evaluator
 from engine.parallel import World
 from engine.preferences import load_function
 from engine.reference import LiveReference
@@ -301,7 +301,7 @@ class Session:
         """Length, share that ended, and divergence from the reference, into scores.csv."""
         for key, metric, interval in (
             (f"{name}_tokens", "samples/tokens", stats.cluster_mean),
-            (f"{name}_finished", "samples/finished", share_interval),
+            (f"{name}_finished", "samples/finished", stats.share_interval),
             (f"{name}_log_ratio", "samples/kl_to_reference", stats.cluster_mean),
         ):
             if key in self.samples[0]:
@@ -346,12 +346,12 @@ class Session:
 
     def _record(self, by: str, first: str, second: str, wins: Sequence[Win | None]) -> None:
         metric = f"{by}/vs_{second}"
-        self._add_groups(first, f"{metric}/win_rate", [w and w.win for w in wins], share_interval)
+        self._add_groups(first, f"{metric}/win_rate", [w and w.win for w in wins], stats.share_interval)
         if by != "judge":
             self._add_groups(first, f"{metric}/p_preferred", [w and w.p for w in wins], stats.cluster_mean)
         else:
             agree = [None if w is None or w.agree is None else float(w.agree) for w in wins]
-            self._add_groups(first, f"{metric}/orders_agree", agree, share_interval)
+            self._add_groups(first, f"{metric}/orders_agree", agree, stats.share_interval)
         for sample, win in zip(self.samples, wins, strict=True):
             place_ = {k: sample[k] for k in ("uid", "sample", "prompt_key", "group")}
             result = {"win": None, "p": None} if win is None else {"win": win.win, "p": win.p}
@@ -460,7 +460,7 @@ def with_interval(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
     if row["ci_low"] != "" or row["group"] in ("mean_group", "worst_group"):
         return dict(row)
     mine = [r for r in records if row["group"] in ("all", r["group"]) and row["metric"] in r]
-    interval = share_interval if row["metric"] in ACCURACIES else stats.cluster_mean
+    interval = stats.share_interval if row["metric"] in ACCURACIES else stats.cluster_mean
     found = interval([counted(r, row["metric"]) for r in mine], [r["prompt_key"] for r in mine])
     return {**row, **bounds(found, value=None)}
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data.schema import Batch, Row
@@ -206,18 +205,4 @@ def accuracy_interval(
     records: Sequence[Mapping[str, Any]], metric: str = "rewards/accuracies"
 ) -> stats.Interval:
     """95 % interval of an accuracy of ``records`` (ties count 1/2)."""
-    return share_interval([r[metric] for r in records], [r["prompt_key"] for r in records])
-
-
-def share_interval(wins: Sequence[float], prompts: Sequence[str]) -> stats.Interval:
-    """95 % interval of the mean of ``wins`` in [0, 1], one prompt's taken together."""
-    values = np.asarray(wins, np.float64)
-    num_prompts = len(set(prompts))
-    if num_prompts == len(prompts):
-        return stats.wilson(float(values.sum()), len(values))
-    if (
-        values == values[0]
-    ).all():  # all right, all wrong or all tied: every resample says the same, with no width
-        n = stats.effective_clusters(prompts)
-        return replace(stats.wilson(float(values[0]) * n, n), estimate=float(values[0]), n=num_prompts)
-    return stats.cluster_bootstrap(values, prompts, seed=0)
+    return stats.share_interval([r[metric] for r in records], [r["prompt_key"] for r in records])

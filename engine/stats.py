@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -175,6 +175,20 @@ def cluster_bootstrap(
     tail = float(norm.sf(math.sqrt(num / (num - 1)) * student_t.isf(alpha / 2.0, num - 1)))
     low, high = np.quantile(resampled, [tail, 1.0 - tail])
     return Interval(estimate, float(low), float(high), num, level, float(resampled.std(ddof=1)))
+
+
+def share_interval(wins: Sequence[float], prompts: Sequence[str]) -> Interval:
+    """95 % interval of the mean of ``wins`` in [0, 1], one prompt's taken together."""
+    values = np.asarray(wins, np.float64)
+    num_prompts = len(set(prompts))
+    if num_prompts == len(prompts):
+        return wilson(float(values.sum()), len(values))
+    if (
+        values == values[0]
+    ).all():  # all right, all wrong or all tied: every resample says the same, with no width
+        n = effective_clusters(prompts)
+        return replace(wilson(float(values[0]) * n, n), estimate=float(values[0]), n=num_prompts)
+    return cluster_bootstrap(values, prompts, seed=0)
 
 
 # ---------------------------------------------------------------------------------------------- two runs

@@ -39,7 +39,7 @@ CAPTIONS = {
     "path": "hollow mark: first evaluation, full mark: last",
     "seeds": "n: seeds; mean and 95 % t interval over seeds",
     "run": "n = 1: 95 % interval over the examples of the one run",
-    "bin": "n: rows; bars: 95 % Wilson intervals of ten bins",
+    "bin": "n: rows; bars: 95 % intervals of ten bins",
     "file": "bars and bands: 95 % intervals as recorded",
     "binned": "n: rows, in equally full bins; bars: 95 % t intervals",
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from engine.stats import cluster_mean, wilson_bounds
+from engine.stats import cluster_mean, share_interval
 from plot_scripts.aggregate import LEVEL
 from plot_scripts.canvas import INK, PALE, Look
 from plot_scripts.panels import Drawn, Panel, draw_lines, finish_axes
@@ -90,7 +90,8 @@ def draw_binned(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[st
 
 
 def draw_reliability(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mapping[str, Look]) -> Drawn:
-    """Observed frequency against mean predicted probability in ten equally wide bins, with Wilson intervals.
+    """Observed frequency against mean predicted probability in ten equally wide bins, with 95 % intervals, one
+    ``cluster``'s rows together where the file has that column.
 
     The expected calibration error (mean of |observed - predicted| weighted by the bins' sizes) goes into the panel's corner.
     """
@@ -110,7 +111,9 @@ def draw_reliability(ax: Axes, panel: Panel, table: pd.DataFrame, methods: Mappi
         predicted, observed = (
             np.bincount(index, weights=v, minlength=10)[some] / n[some] for v in (p, outcome)
         )
-        low, high = wilson_bounds(observed * n[some], n[some], LEVEL)
+        clusters = part[panel.cluster].to_numpy() if panel.cluster in part else np.arange(len(part))
+        found = [share_interval(outcome[index == b], clusters[index == b]) for b in np.flatnonzero(some)]
+        low, high = (np.array([getattr(f, end) for f in found]) for end in ("low", "high"))
         look = methods[name]
         ax.errorbar(
             predicted,

@@ -39,7 +39,7 @@ class Panel:
     x, y, series, low, high   column names; low, high: xy; reliability: x is the prediction, y the outcome; series: the method
     count     xy: column of what a row rests on, for the legend's n
     where     {column: value}: only such rows of the file
-    cluster   binned: column of what several rows may share (a prompt); intervals rest on it
+    cluster   binned, reliability: column of what several rows may share (a prompt); intervals rest on it
     """
 
     kind: Literal["curves", "bars", "path", "xy", "binned", "reliability"]

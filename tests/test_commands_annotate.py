@@ -22,6 +22,7 @@ from commands.annotate import Settings
 from commands.calibration import Pairs
 from commands.judge import JudgeSettings
 from data import opinions
+from engine.stats import cluster_bootstrap
 from losses.gpm import preference_score
 from plot_scripts.make_figures import main as make_figures
 from tests.test_commands_judge import longer, serving
@@ -456,6 +457,8 @@ def test_the_curve_counts_by_hand():
     outcome = np.array([0, 1, 0, 0, 1, 0.0])
     found = calibration.curve(odds, outcome, ["a", "a", "b", "c", "d", "e"])
     assert [b["n"] for b in found.bins] == [4, 2] and [b["observed"] for b in found.bins] == [0.25, 0.5]
+    together = cluster_bootstrap([0, 1, 0, 0], list("aabc"))
+    assert (found.bins[0]["observed_low"], found.bins[0]["observed_high"]) == (together.low, together.high)
     assert found.expected_calibration_error == pytest.approx((4 * 0.1 + 2 * 0.4) / 6)
     p = 1 / (1 + np.exp(-odds))
     assert found.brier == pytest.approx(((p - outcome) ** 2).mean())

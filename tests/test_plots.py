@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from scipy import stats as scipy_stats
 
 from engine.metric_names import older_names
-from engine.stats import cluster_mean, wilson
+from engine.stats import cluster_bootstrap, cluster_mean, wilson
 from plot_scripts import canvas, load, plot_from_wandb_full_metrics, plot_from_wandb_paper_plots
 from plot_scripts.aggregate import _binned, bar, curve, warnings_about
 from plot_scripts.draw import FIGURES, Figure, compose, draw_figure, read_figure
@@ -349,6 +349,10 @@ def test_calibration_is_binned_with_its_expected_error(tmp_path):
     assert drawn["low"].iloc[0] == pytest.approx(wilson(1, 4).low)
     facts = json.loads(written[3].read_text())
     assert facts["panels"][0]["scorer"]["ece"] == pytest.approx((4 * 0.1 + 2 * 0.4) / 6)
+    table.assign(prompt=["a", "b", "b", "c", "d", "e"]).to_csv(tmp_path / "c.csv", index=False)
+    written = make_figures([f"data={tmp_path / 'c.csv'}", "figure=calibration", f"out={tmp_path}"])
+    expected = cluster_bootstrap([0, 1, 0, 0], list("abbc"))
+    assert pd.read_csv(written[2])["high"].tolist() == pytest.approx([expected.high, wilson(1, 2).high])
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from commands.score import Settings
 from config.build import build
 from config.compose import compose
 from engine import stats
-from engine.evaluation import share_interval
 from utils import UserError
 
 DATA = [
@@ -231,7 +230,7 @@ def test_win_rates_are_means_over_prompts_of_who_is_better(compared):
         sign = [np.sign(len(s[model]) - len(s[other])) for s in samples]
         assert [w["win"] for w in mine] == [(x + 1) / 2 for x in sign]
         row = cell(table, f"function/vs_{other}/win_rate", model=model)
-        expected = share_interval([w["win"] for w in mine], [s["prompt_key"] for s in samples])
+        expected = stats.share_interval([w["win"] for w in mine], [s["prompt_key"] for s in samples])
         assert [float(row[c]) for c in ("value", "ci_low", "ci_high")] == [
             expected.estimate,
             expected.low,
