@@ -279,7 +279,8 @@ def _frame(raw: RawRun, info: RunInfo) -> tuple[pd.DataFrame, int]:
 
 
 def _with_aggregates(table: pd.DataFrame) -> pd.DataFrame:
-    """Add worst_group (largest loss, smallest accuracy) and mean_group where a run logged groups but not these."""
+    """Add worst_group (largest loss, smallest accuracy) and mean_group where a run logged all its groups but not these: the
+    batch of a training step may lack some."""
     grouped = table[table["group"].str.startswith("group_") & ~table["metric"].str.contains("/ci_")]
     grouped = grouped.sort_values(
         "group", kind="stable"
@@ -290,8 +291,11 @@ def _with_aggregates(table: pd.DataFrame) -> pd.DataFrame:
         return table
     place = ["run", "config_hash", "seed", "step", "examples", "split", "metric"]
     parts = (
-        grouped.groupby(place, sort=False, dropna=False)["value"].agg(["max", "min", "mean"]).reset_index()
+        grouped.groupby(place, sort=False, dropna=False)["value"]
+        .agg(["max", "min", "mean", "size"])
+        .reset_index()
     )
+    parts = parts[parts["size"] == parts.groupby(["run", "split", "metric"])["size"].transform("max")]
     less = parts["metric"].map(better) == "min"
     worst = parts[place].assign(group="worst_group", value=np.where(less, parts["max"], parts["min"]))
     mean = parts[place].assign(group="mean_group", value=parts["mean"])

@@ -90,6 +90,21 @@ def test_worst_and_mean_over_groups_are_added_where_a_run_did_not_log_them(runs)
     assert not loaded.has("test", "rewards/chosen", "worst_group")
 
 
+def test_a_step_that_lacks_a_group_has_no_worst_of_its_groups(tmp_path):
+    folder = make_run(tmp_path, "dpo", 0)
+    steps = [{"a": 1.0, "b": 3.0}, {"a": 9.0}, {"a": 2.0, "b": 1.0}]
+    rows = [
+        {"kind": "train", "step": i, "examples": 8 * i}
+        | {f"train/loss/group_{g}": v for g, v in losses.items()}
+        for i, losses in enumerate(steps, start=1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    series = load.load_directories([folder]).series
+    for group, values in (("worst_group", [3.0, 2.0]), ("mean_group", [2.0, 1.5])):
+        x, y = series["dpo_seed_0", "train", "loss", group]
+        assert (x.tolist(), y.tolist()) == ([8.0, 24.0], values)
+
+
 def test_a_torn_last_line_is_left_out_and_a_bad_line_is_named(tmp_path):
     folder = make_run(tmp_path, "dpo", 0)
     path = folder / "metrics.jsonl"
