@@ -7,7 +7,6 @@ in training.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from data import optima
 from data.schema import Batch, Example
 from data.worlds import Settings as WorldSettings
 from data.worlds import World, exhaustive, make_world
-from engine import models, runtime
+from engine import archives, models, parallel, runtime
 from engine.scoring import Scorer
 from losses.pairwise import DPO, IPO, Hinge, PairwiseLoss, RDPONoise
 from losses.vrpo import BASES, VarianceReduced
@@ -141,12 +140,10 @@ def measure(run: Run, settings: Settings) -> None:
     world = make_world(spec.settings)
     best = optimum_of(run, world, spec.settings)
     tokenizer = models.load_tokenizer(run.model)
-    device = "cuda" if run.config.device == "auto" and torch.cuda.is_available() else run.config.device
-    device = "cpu" if device == "auto" else device
+    archives.find(settings.policy, "world.policy")
+    device = parallel.pick_device(run.config.device)
     logps = []
     for archive in (run.model.archive, settings.policy):
-        if archive == settings.policy and not Path(archive).exists():
-            raise UserError(f"world.policy={archive}: no such run or directory")
         model = models.build_policy(
             run.model, archive=archive, seed=run.config.seed, device=device, tokenizer=tokenizer
         )
