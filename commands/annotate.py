@@ -173,12 +173,13 @@ def model_scorer(run: Run, settings: Settings) -> ModelScorer:
             f"too: loss={settings.scorer}"
         )
     config = run.config
+    tau = loss.tau if settings.scorer == "gpm" else None
     tokenizer = models.load_tokenizer(run.model)
     preference, weights = preferences.load(
         run.model,
         settings.model,
         loss.needs,
-        tau=loss.tau if settings.scorer == "gpm" else None,
+        tau=tau,
         device=parallel.pick_device(config.device),
         tokenizer=tokenizer,
         layout=config.scoring.layout,
@@ -194,6 +195,7 @@ def model_scorer(run: Run, settings: Settings) -> ModelScorer:
         "scorer": settings.scorer,
         "model": run.model.name,
         "weights": weights,
+        **({} if tau is None else {"tau": tau}),
         "tokens": content_hash(asdict(how))[:16],
     }
     return ModelScorer(preference, tokenizer, how, identity)

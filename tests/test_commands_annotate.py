@@ -324,6 +324,7 @@ def test_trained_scorers_say_what_their_checkpoint_says_to_hugging_face(models_f
         values = head_outputs(archive, texts)
         first, second = values[::2], values[1::2]
         expected = (first - second)[:, 0] if kind == "rm" else preference_score(first, second) / 0.5
+        assert row["annotation"].get("tau") == (None if kind == "rm" else 0.5)  # of what the scores depend on
         found = [row["annotation"]["labelled"], *row.get("aux_preferences", [])]
         assert found == pytest.approx(torch.sigmoid(expected).tolist(), abs=1e-6)
         odds.add(round(float(expected[0]), 9))
