@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,10 @@ def compose(figure: Figure, loaded: Loaded | None, data: pd.DataFrame | None = N
             drawn.append(FILE_KINDS[panel.kind](ax, panel, data, methods))
     for source in {id(source) for _, source in facets}:
         _share_limits([ax for ax, (_, s) in zip(axes, facets, strict=True) if id(s) == source])
+    for ax, panel, d in zip(axes, panels, drawn, strict=True):
+        bottom, top = ax.get_ylim()
+        if any(not bottom <= end <= top for end in d.bounds if math.isfinite(end)):
+            d.warnings.append(f"{panel.title or panel.metric}: some intervals go on beyond the axis")
     counts = {
         m: max(d.methods[m] for d in drawn if m in d.methods)
         for m in methods

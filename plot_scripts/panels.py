@@ -81,6 +81,7 @@ class Drawn:
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     intervals: set[str] = field(default_factory=set)
+    bounds: list[float] = field(default_factory=list)  # ends of the intervals that were drawn
 
     def add(self, panel: str, kind: str, method: str, group: str, **values: Any) -> None:
         row = {"panel": panel, "kind": kind, "method": method, "group": group, **values}
@@ -135,10 +136,13 @@ def draw_curves(
     for number, c in enumerate(curves):
         colour = groups[c.group].colour if panel.group == "*" else methods[c.method].colour
         _draw_curve(ax, c, colour, methods[c.method].dash)
+        at = np.flatnonzero(np.isfinite(c.low) & np.isfinite(c.high))
         if len(curves) <= MOST_BANDS:
             _draw_band(ax, c, colour)
         else:
+            at = at[-1:]
             _draw_last_interval(ax, c, colour, number + 1)
+        drawn.bounds += [*c.low[at], *c.high[at]]
         drawn.saw(c.method, len(c.seeds))
         drawn.intervals.add(c.interval)
         for i, x in enumerate(c.x):
@@ -277,6 +281,7 @@ def draw_bars(
                 _draw_bar(ax, b, j - 0.4 + (i + 0.5) * width, width, methods[method])
                 drawn.saw(method, b.n)
                 drawn.intervals.add(b.interval)
+                drawn.bounds += [b.low, b.high]
                 drawn.add(panel.title, "bar", method, group, x=j, y=b.mean, low=b.low, high=b.high, n=b.n)
                 for run, seed, x, y in b.seeds:
                     drawn.add(panel.title, "run", method, group, run=run, seed=seed, x=x, y=y)

@@ -90,6 +90,21 @@ def test_worst_and_mean_over_groups_are_added_where_a_run_did_not_log_them(runs)
     assert not loaded.has("test", "rewards/chosen", "worst_group")
 
 
+def test_intervals_that_leave_the_axis_are_told(tmp_path):
+    for seed in (0, 1):  # two seeds: intervals of 12.7 standard errors, far wider than the curves' range
+        make_run(tmp_path / "two", "dpo", seed, offset=0.5 * seed)
+    make_run(tmp_path / "one", "dpo", 0)
+    for kind, folder, told in (
+        ("curves", tmp_path / "two", True),
+        ("bars", tmp_path / "two", True),
+        ("curves", tmp_path / "one", False),
+    ):
+        panel = Panel(kind=kind, metric="loss", split="test", title="Loss")
+        with canvas.styled():
+            warnings = compose(Figure([panel]), load.load_directories([folder])).provenance["warnings"]
+        assert ("Loss: some intervals go on beyond the axis" in warnings) == told
+
+
 def test_a_step_that_lacks_a_group_has_no_worst_of_its_groups(tmp_path):
     folder = make_run(tmp_path, "dpo", 0)
     steps = [{"a": 1.0, "b": 3.0}, {"a": 9.0}, {"a": 2.0, "b": 1.0}]
