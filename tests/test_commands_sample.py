@@ -263,6 +263,8 @@ def test_labelled_responses_of_another_law_are_noticed(drawn, caplog):
     run = run_of(drawn)
     found = json.loads((drawn / "out" / "two_sample-train.json").read_text())
     assert found["differs"] and found["num_rows"] == 24  # letters, against the garbage of an untrained model
+    # the limit counts rows, not their responses, which depend on each other
+    assert all(s["limit"] == pytest.approx(two_sample.ks_limit(24, 24)) for s in found["statistics"])
     assert found["gap"] > 5 and found["statistics"][0]["name"] == "tokens"
     scorer = run_models.build_scorer(run, models.build_reference(run.model, device="cpu"))
     labelled = jsonl.read(drawn / "out" / "train.jsonl")

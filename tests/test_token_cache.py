@@ -105,6 +105,9 @@ CHANGES = {
     "a uid": {"examples": [example(0, uid="d/train:x"), *EXAMPLES[1:]]},
     "a weight": {"examples": [example(0, weight=0.5), *EXAMPLES[1:]]},
     "a scalar": {"examples": [example(0, scalars={"p_chosen": 0.7}), *EXAMPLES[1:]]},
+    "a response's scalar": {
+        "examples": [example(0, response_scalars={"finished": (0.0, 1.0, 1.0, 1.0)}), *EXAMPLES[1:]]
+    },
     "a group": {"examples": [example(0, group="b"), *EXAMPLES[1:]]},
     "the order": {"examples": EXAMPLES[::-1]},
     "one row less": {"examples": EXAMPLES[:-1]},
