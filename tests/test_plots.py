@@ -90,6 +90,18 @@ def test_worst_and_mean_over_groups_are_added_where_a_run_did_not_log_them(runs)
     assert not loaded.has("test", "rewards/chosen", "worst_group")
 
 
+def test_the_legends_n_is_the_most_runs_that_a_panel_shows(tmp_path):
+    for seed in (0, 1, 2):
+        folder = make_run(tmp_path, "dpo", seed)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace("rewards/accuracies", "rewards/other"))
+    panels = [Panel(kind="curves", metric=m, split="test") for m in ("rewards/accuracies", "loss")]
+    with canvas.styled():
+        told = compose(Figure(panels), load.load_directories([tmp_path])).provenance
+    assert told["n"] == {"dpo": 3}
+    assert "dpo: 1 of 3 runs did not log test/rewards/accuracies" in told["warnings"]
+
+
 def test_intervals_that_leave_the_axis_are_told(tmp_path):
     for seed in (0, 1):  # two seeds: intervals of 12.7 standard errors, far wider than the curves' range
         make_run(tmp_path / "two", "dpo", seed, offset=0.5 * seed)

@@ -132,6 +132,10 @@ def test_the_hardest_examples_and_the_settings_are_there(parsed):
     assert '"command"' in parsed.text
 
 
+def test_a_runs_name_is_text(tmp_path):
+    assert "<title>a &lt;b&gt;</title>" in page(make_run(tmp_path, "dpo", 0, name="a <b>"))
+
+
 def test_a_run_with_nothing_but_a_training_loss_still_has_a_page(tmp_path):
     path = tmp_path / "bare"
     path.mkdir()

@@ -116,6 +116,16 @@ def test_what_is_not_resolved_says_which_n_would_do(runs, tmp_path, capsys):
     assert line.count("\\boldmath $-0.30") == 1
 
 
+def test_the_last_evaluations_are_compared(tmp_path, capsys):
+    for seed in (0, 1):
+        make_run(tmp_path, "a", seed, last=300)
+        make_run(tmp_path, "b", seed, last=500)
+    _, _, found, _ = summary(capsys, str(tmp_path), "metric=loss", "group=all", f"out={tmp_path / 'out'}")
+    assert found[found["over"] == "seeds"]["difference"].iloc[0] == pytest.approx(
+        loss_at(300, 0) - loss_at(500, 0)
+    )
+
+
 def test_example_weights_count_in_losses(tmp_path, capsys):
     for loss, offset in (("a", 0.0), ("b", 1.0)):
         folder = make_run(tmp_path, loss, 0, offset=offset, records=True)
