@@ -37,7 +37,7 @@ from utils import log
 
 @dataclass
 class Parts:
-    """What a trainer is made of; train.py builds it."""
+    """What a trainer is made of; assembly.py builds it."""
 
     config: Config
     world: World
@@ -65,7 +65,8 @@ class Parts:
 
 
 class StepSums:
-    """Per-group sums and counts of per-example metrics over one optimizer step, in float64; NaN is "not defined"."""
+    """Per-group sums and counts of per-example metrics over one optimizer step, in float64. A metric's NaN is "not defined"; a
+    loss's stays, for the gradient need not have one: a hinge has the slope 0 there."""
 
     def __init__(self, num_groups: int) -> None:
         self.num_groups = num_groups
@@ -76,7 +77,9 @@ class StepSums:
         ours = (group[:, None] == torch.arange(self.num_groups)).to(values["loss"].device, non_blocking=True)
         for name, value in values.items():
             value = value.detach().double()
-            defined = ~torch.isnan(value) if live else torch.zeros_like(value, dtype=torch.bool)
+            defined = torch.full_like(value, live, dtype=torch.bool)
+            if live and name not in ("loss", "objective"):
+                defined = ~torch.isnan(value)
             stacked = torch.stack([torch.where(defined, value, 0.0), defined.double()])
             # not index_add_, which adds up in any order on a GPU
             sums = torch.where(ours, stacked[:, :, None], 0.0).sum(1)
