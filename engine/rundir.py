@@ -27,6 +27,7 @@ OURS = (
     "provenance.json",
     "metrics.jsonl",
     "results.json",
+    "results.csv",
     "rejected-*.jsonl",
     "spikes.jsonl",
     "passport.json",
@@ -285,7 +286,8 @@ def truncate(run_dir: Path, *, examples: int, metrics_offset: int | None = None)
     evaluated and sampled after it goes, and so do final results."""
     run_dir = Path(run_dir)
     truncate_metrics(run_dir / "metrics.jsonl", examples=examples, offset=metrics_offset)
-    (run_dir / "results.json").unlink(missing_ok=True)
+    for name in ("results.json", "results.csv"):
+        (run_dir / name).unlink(missing_ok=True)
     for path in [*run_dir.glob("records/*.jsonl"), *run_dir.glob("samples/*.jsonl")]:
         count = path.stem.rpartition("-")[2]
         if count.isdigit() and (int(count) > examples or metrics_offset == 0):

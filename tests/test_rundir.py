@@ -248,7 +248,7 @@ def make_run(run_dir: Path) -> None:
     for folder in ("records", "samples", "step-8", "figures"):
         (run_dir / folder).mkdir()
     for name in ("records/eval-0.jsonl", "records/eval-8.jsonl", "records/train_eval-16.jsonl", "samples/8.jsonl",
-                 "samples/16.jsonl", "results.json", "config.yaml", "keep.txt"):  # fmt: skip
+                 "samples/16.jsonl", "results.json", "results.csv", "config.yaml", "keep.txt"):  # fmt: skip
         (run_dir / name).write_text("{}")
     (run_dir / "LATEST").symlink_to("step-8")
     write_rows(run_dir / "metrics.jsonl", [8, 16])
@@ -260,7 +260,7 @@ def test_a_run_goes_back_to_its_checkpoint(tmp_path):
     left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.jsonl"))
     assert left == ["metrics.jsonl", "records/eval-0.jsonl", "records/eval-8.jsonl", "samples/8.jsonl"]
     assert rows(tmp_path / "metrics.jsonl") == [8]
-    assert not (tmp_path / "results.json").exists()
+    assert not list(tmp_path.glob("results.*"))
     truncate(tmp_path, examples=0, metrics_offset=0)
     assert [p.name for p in tmp_path.rglob("*.jsonl")] == ["metrics.jsonl"]
     assert rows(tmp_path / "metrics.jsonl") == []
