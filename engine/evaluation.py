@@ -159,8 +159,8 @@ def summarize(
         if per_group:
             out[f"{prefix}/{name}/mean_group"] = _mean(list(per_group.values()))
         if per_group and (name == "loss" or name in ACCURACIES):
-            worst = max if name == "loss" else min
-            out[f"{prefix}/{name}/worst_group"] = worst(per_group.values())
+            worst = np.max if name == "loss" else np.min  # a NaN is the worst, wherever it stands
+            out[f"{prefix}/{name}/worst_group"] = float(worst(list(per_group.values())))
     out[f"{prefix}/num_examples"] = float(len(records))
     if len(groups) > 1:
         out |= {f"{prefix}/group_counts/group_{g}": float(len(members[g])) for g in present}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,12 @@ def test_one_group_is_not_told_apart_and_a_group_without_rows_is_not_the_worst()
     assert not [name for name in summarize(RECORDS[:3], ["a"], "eval") if "group" in name]
     found = summarize(RECORDS[:3], ["a", "b"], "eval")
     assert found["eval/loss/worst_group"] == 3.0 and "eval/loss/group_b" not in found
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_group_whose_loss_is_not_a_number_is_the_worst(where):
+    records = [record(g, g, math.nan if i == where else float(i), 1.0) for i, g in enumerate("abc")]
+    assert math.isnan(summarize(records, ("a", "b", "c"), "eval")["eval/loss/worst_group"])
 
 
 def test_a_loss_per_token_divides_by_the_tokens():
