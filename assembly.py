@@ -158,7 +158,7 @@ class _Session:
         trainer = self.trainer = self.build_trainer(found)
         self.stack.callback(trainer.parts.metrics.close)
         if config.eval_only_once:
-            trainer.evaluate(list(trainer.parts.evaluator.splits))
+            trainer.evaluate(list(trainer.parts.evaluator.splits), judge=False)
             status = "evaluated"
         else:
             status = trainer.train()
@@ -450,7 +450,8 @@ class _Session:
     def watched(self, trainer: Trainer) -> float | None:
         """The stopper's metric, else the first split's loss: what a sweep minimises or compares."""
         flat = {k: v for done in trainer.last_evaluation.values() for k, v in done.metrics.items()}
-        name = trainer.parts.stopper.metric
-        if name is None:
-            name = next((f"{done.prefix}/loss" for done in trainer.last_evaluation.values()), None)
+        stopper = trainer.parts.stopper
+        name = next((f"{done.prefix}/loss" for done in trainer.last_evaluation.values()), None)
+        if stopper.metric is not None:
+            name = stopper.name_in(flat)
         return flat.get(name) if name else None

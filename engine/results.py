@@ -33,14 +33,15 @@ def final_table(done: Evaluation, groups: Sequence[str]) -> dict[str, Any]:
     for group in ["all", *(groups if len(groups) > 1 else ())]:
         records = [r for r in done.records if group in ("all", r["group"])]
         if records:
-            table.append({"group": group, **group_row(records)})
+            name = f"{done.prefix}/loss" + (f"/group_{group}" if group != "all" else "")
+            table.append({"group": group, **group_row(records, done.metrics[name])})
     return {"prefix": done.prefix, "table": table, "metrics": done.metrics}
 
 
-def group_row(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
-    """Mean loss, reward accuracy with its 95 % interval (NaN where one prompt gives none), numbers of examples and of prompts."""
+def group_row(records: Sequence[Mapping[str, Any]], loss: float) -> dict[str, float | int]:
+    """Mean ``loss``, reward accuracy with its 95 % interval (NaN where one prompt gives none), numbers of examples and of prompts."""
     row: dict[str, float | int] = {"n": len(records), "prompts": len({r["prompt_key"] for r in records})}
-    row["loss"] = math.fsum(r["weight"] * r["loss"] for r in records) / len(records)
+    row["loss"] = loss
     if "rewards/accuracies" in records[0]:
         interval = accuracy_interval(records)
         row |= {"accuracy": interval.estimate, "ci_low": interval.low, "ci_high": interval.high}

@@ -192,17 +192,20 @@ class PlateauRule:
             return True
         return self.sign * (self.reference - value) > self.settings.threshold * abs(self.reference)
 
+    def name_in(self, metrics: Mapping[str, float]) -> str | None:
+        """The watched metric's name among ``metrics``: of one group, which is the worst and the mean, the pooled one."""
+        pooled = self.metric.removesuffix("/worst_group").removesuffix("/mean_group")
+        grouped = any(key.startswith(f"{pooled}/group_") for key in metrics)
+        names = (self.metric,) if grouped else (self.metric, pooled)
+        return next((name for name in names if name in metrics), None)
+
     def _read(self, metrics: Mapping[str, float]) -> float:
-        name = self.metric
-        if name not in metrics:
-            pooled = name.removesuffix("/worst_group").removesuffix("/mean_group")
-            grouped = any(key.startswith(f"{pooled}/group_") for key in metrics)
-            if pooled == name or pooled not in metrics or grouped:
-                raise UserError(
-                    f"stopping.metric={name}: the evaluation has no such metric{did_you_mean(name, metrics)}; "
-                    "is its split in eval_splits, and does the data have it?"
-                )
-            name = pooled  # one group: it is the worst, and the mean
+        name = self.name_in(metrics)
+        if name is None:
+            raise UserError(
+                f"stopping.metric={self.metric}: the evaluation has no such metric{did_you_mean(self.metric, metrics)}; "
+                "is its split in eval_splits, and does the data have it?"
+            )
         value = float(metrics[name])
         if not math.isfinite(value):
             log.warning("%s=%g: not finite, counted as no improvement", name, value)

@@ -53,6 +53,15 @@ def test_an_sft_run_leaves_everything_behind(sft):
     assert list((run_dir / "records").glob("test-*.jsonl"))
 
 
+def test_the_table_of_results_has_the_losses_of_the_metrics(tmp_path):
+    run_dir, outcome = start(tmp_path, "loss.unit=token", "n_examples=16")
+    for found in json.loads((run_dir / "results.json").read_text())["splits"].values():
+        losses = {row["group"]: row["loss"] for row in found["table"]}
+        prefix = f"{found['prefix']}/loss"
+        assert losses.pop("all") == found["metrics"][prefix] and losses
+        assert losses == {g: found["metrics"][f"{prefix}/group_{g}"] for g in losses}
+
+
 PREFERENCE = [
     ("dpo", ["loss.beta=0.1"], np.log(2)),
     ("ipo", ["loss.beta=0.5"], 1.0),
@@ -83,8 +92,10 @@ def test_reward_models_train_and_open_in_transformers(tmp_path, sft, loss):
 
 
 def test_base_evaluates_only(tmp_path, sft):
-    run_dir, _ = start(tmp_path, "loss=base", f"model.archive={sft}", "eval_only_once=true")
-    assert not lines(run_dir, "train") and lines(run_dir, "eval")
+    run_dir, _ = start(
+        tmp_path, "loss=base", f"model.archive={sft}", "eval_only_once=true", "stopping=plateau"
+    )
+    assert not lines(run_dir, "train") and lines(run_dir, "eval") and not list(run_dir.glob("step-*"))
 
 
 def test_the_checkpoint_opens_in_plain_transformers_with_the_same_log_probs(tmp_path, sft):
@@ -142,6 +153,20 @@ def test_early_stopping_cuts_the_rates_and_stops(tmp_path, sft):
     assert results["status"] == "stopped" and results["examples"] == 32  # cuts at 16 and 32
     rates = [(row["lr"], row["train/step_size"]) for row in lines(run_dir, "train")]
     assert rates == [pytest.approx(pair) for pair in ((1e-3, 0.01), (1e-4, 0.0025))]
+
+
+def test_the_watched_metric_of_a_run_with_one_group_is_its_own(tmp_path, sft):
+    rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "datasets=[local]",
+        f"data.local.path={tmp_path}/rows.jsonl",
+        "data.local.validation_fraction=0.2",
+    ]
+    words += ["~data.opinions", "stopping=plateau", "loss=dpo", "loss.beta=0.1", f"model.archive={sft}"]
+    run_dir, outcome = start(tmp_path, *words)
+    last = [row for row in lines(run_dir, "eval") if row["split"] == "eval"][-1]
+    assert outcome.metric == last["eval/loss"]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -237,7 +237,7 @@ def test_the_printed_table_has_a_column_of_accuracies_where_there_are_some(tmp_p
 
 def test_results_json_has_null_where_one_prompt_gives_no_interval():
     records = [{"prompt_key": "p", "weight": 1.0, "loss": 0.5, "rewards/accuracies": x} for x in (0.0, 1.0)]
-    table = {"table": [results.group_row(records)], "more": (math.nan, 1.0, "NaN")}
+    table = {"table": [results.group_row(records, 0.5)], "more": (math.nan, 1.0, "NaN")}
     assert json.loads(json.dumps(without_nan(table), allow_nan=False)) == {
         "table": [{"n": 2, "prompts": 1, "loss": 0.5, "accuracy": 0.5, "ci_low": None, "ci_high": None}],
         "more": [None, 1.0, "NaN"],
