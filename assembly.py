@@ -136,6 +136,18 @@ class _Session:
         plan = self.plan
         return self.run_.weighting.build(self.data.groups, plan.group_counts, plan.group_probs)
 
+    @cached_property
+    def schedule(self) -> Schedule:
+        config, steps = self.config, self.plan.num_steps
+        warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
+        return Schedule(config.lr, warmup, steps, config.lr_schedule)
+
+    @cached_property
+    def stopper(self) -> Any:
+        """The state of the stopping rule."""
+        config, rows = self.config, self.data.rows["train"]
+        return self.run_.stopping.build(lr=config.lr, num_examples=len(rows), eval_every=config.eval_every)
+
     @property
     def passes(self) -> float:
         """How often the training rows will be asked about."""
@@ -151,10 +163,12 @@ class _Session:
         check_preferences(self.run_, self.rows_to_score)
         if not config.eval_only_once:
             check_groups(self.run_, self.data.groups, self.eval_rows)
-            _ = self.weighting  # it may refuse the data, and no model is loaded yet
+            _ = self.weighting, self.schedule, self.stopper  # they may refuse, and no model is loaded yet
         found = world.on_main(
             lambda: checkpoint.choose(self.run_dir, resume=config.resume, resume_from=config.resume_from)
         )
+        if found is not None and not config.eval_only_once:
+            self.check_position(found)
         trainer = self.trainer = self.build_trainer(found)
         self.stack.callback(trainer.parts.metrics.close)
         if config.eval_only_once:
@@ -175,6 +189,19 @@ class _Session:
         if config.wandb.artifact and status != "evaluated":
             self.upload(trainer.parts.metrics)
         return Outcome(summary["metric"])
+
+    def check_position(self, found: checkpoint.Checkpoint) -> None:
+        """The plan computes its position from the step: refuse a checkpoint of other data, or of other steps."""
+        facts = {**found.facts, "data_fingerprint": self.plan.fingerprint}
+        checkpoint.compare_facts(found.facts, facts, allow=self.config.resume_allow)
+        due = self.plan.examples_before(found.step)
+        if due != found.examples:
+            raise UserError(
+                f"{found.path}: {found.step} steps took {found.examples} rows, in this run they take {due} (batch_size="
+                f"{self.config.batch_size}, {self.plan.rows_per_epoch} rows an epoch, {self.plan.num_examples} in all): it cannot "
+                "go on from there; use the batch_size and data of that run and at least its n_epochs, and give n_examples a "
+                "multiple of batch_size in a run that is to be prolonged"
+            )
 
     def consolidate(self, examples: int) -> None:
         """After a sharded last save: the whole model beside it, for whoever uses the run."""
@@ -264,14 +291,12 @@ class _Session:
         if world.is_main:
             kept = trained if models.is_peft(self.model) else named.values()
             checkpoint.warn_if_space_short(self.run_dir, checkpoint.estimate_bytes(kept))
-        steps = self.plan.num_steps
-        warmup = min(150, steps // 10) if config.warmup_steps is None else config.warmup_steps
-        schedule = Schedule(config.lr, warmup, steps, config.lr_schedule)
         fresh_pairs = self.models.build_fresh_pairs()
         facts = self.facts()
         if found is not None:
             self.report_resume(found, facts)
-        metrics = self.build_metrics(state, found.examples if found else 0)
+        here = found is not None and found.path.parent == self.run_dir.resolve()
+        metrics = self.build_metrics(state if here else None, found.examples if found else 0)
         trainer = Trainer(
             Parts(
                 config=config,
@@ -281,11 +306,9 @@ class _Session:
                 reference=ref,
                 loss=self.loss,
                 weighting=self.weighting,
-                stopper=self.run_.stopping.build(
-                    lr=config.lr, num_examples=len(self.data.rows["train"]), eval_every=config.eval_every
-                ),
+                stopper=self.stopper,
                 optimizer=optimizer,
-                schedule=schedule,
+                schedule=self.schedule,
                 plan=self.plan,
                 rows=self.data.rows["train"],
                 evaluator=self.build_evaluator(ref, metrics.samples),
@@ -302,7 +325,7 @@ class _Session:
             self.data.groups,
         )
         if state is not None:
-            trainer.load_state_dict(state)
+            trainer.load_state_dict(state, here)
         return trainer
 
     def read_model(self, path: Path) -> None:
@@ -351,6 +374,8 @@ class _Session:
     def report_resume(self, found: checkpoint.Checkpoint, facts: Mapping[str, Any]) -> None:
         changes = checkpoint.compare_facts(found.facts, facts, allow=self.config.resume_allow)
         changes = [c for c in changes if not c.startswith("git.")]
+        if found.facts.get("config_hash") != facts["config_hash"]:
+            changes.insert(0, "other settings")
         exact = (
             "bit-exact" if self.world.device.type == "cpu" else "all state is restored"
         )  # a GPU adds up in any order

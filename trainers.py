@@ -366,13 +366,17 @@ class Trainer:
             "metrics": self.parts.metrics.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], here: bool = True) -> None:
+        """``here``: the state is of this run directory, which then holds what was saved and logged, and the best checkpoint."""
         self.step_count, self.examples = state["step"], state["examples"]
         self.parts.schedule.load_state_dict(state["schedule"])
         self.weighting.load_state_dict(state["weighting"])
         self.parts.stopper.load_state_dict(state["stopper"])
         self.guard.load_state_dict(state["guard"])
         self.spike.load_state_dict(state["spike"])
+        if not here:
+            self.parts.stopper.forget_best()
+            return
         evaluation = state["evaluation"]
         self.logged, self.judged = list(evaluation["logged"]), evaluation["judged"]
         self.restored = dict(evaluation["restored"])

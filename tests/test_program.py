@@ -54,7 +54,7 @@ def test_an_sft_run_leaves_everything_behind(sft):
 
 
 def test_the_table_of_results_has_the_losses_of_the_metrics(tmp_path):
-    run_dir, outcome = start(tmp_path, "loss.unit=token", "n_examples=16")
+    run_dir, _ = start(tmp_path, "loss.unit=token", "n_examples=16")
     for found in json.loads((run_dir / "results.json").read_text())["splits"].values():
         losses = {row["group"]: row["loss"] for row in found["table"]}
         prefix = f"{found['prefix']}/loss"
@@ -277,6 +277,38 @@ def test_other_settings_in_the_same_directory_are_refused_with_the_difference(tm
     with pytest.raises(UserError, match=r"lr: 0.001 -> 0.5"):
         start(tmp_path, "exp_name=x", "lr=0.5")
     start(tmp_path, "exp_name=x", "lr=0.5", "fresh=true")
+
+
+def test_a_finished_run_goes_on_when_it_is_prolonged(tmp_path, sft, capsys):
+    run_dir, _ = start(tmp_path, "exp_name=x", "n_examples=16")
+    start(tmp_path, "exp_name=x", "resume_allow=[n_examples]")
+    assert "finished after 32 examples" in capsys.readouterr().out
+    assert [row["examples"] for row in lines(run_dir, "train")] == [16, 32]
+    whole, _ = start(tmp_path, "exp_name=whole")
+    ours, theirs = (load_file(d / "LATEST" / "model.safetensors") for d in (run_dir, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("words", [("n_examples=40",), ("batch_size=8",), ("n_examples=16",)])
+def test_a_checkpoint_that_is_at_no_step_of_the_plan_is_refused(tmp_path, words):
+    other, _ = start(tmp_path, "exp_name=other", "n_examples=24")  # its last step has 8 rows
+    with pytest.raises(
+        UserError, match=r"2 steps took 24 rows, in this run they take (32|16) .*multiple of batch_size"
+    ):
+        start(tmp_path, "exp_name=new", *words, f"resume_from={other}/LATEST")
+
+
+def test_another_runs_checkpoint_is_gone_on_from_with_a_directory_of_its_own(tmp_path, sft):
+    words = ["stopping=plateau", "loss=dpo", "loss.beta=0.1", f"model.archive={sft}", "n_epochs=null"]
+    first, _ = start(tmp_path, *words, "exp_name=first", "lr=0.5", "warmup_steps=0", "n_examples=32")
+    assert lines(first, "eval")[-1]["restored_from"] == 0
+    run_dir, _ = start(tmp_path, *words, "exp_name=second", "n_examples=64", f"resume_from={first}/LATEST")
+    rows = lines(run_dir, "eval")
+    assert rows[0]["examples"] == 56 and "restored_from" not in rows[0]  # epochs have 40 rows
+    best = min((row for row in rows if row["split"] == "eval"), key=lambda row: row["eval/loss/worst_group"])
+    assert (run_dir / f"step-{best['examples']}").is_dir()
+    same, _ = start(tmp_path, *words, "exp_name=third", "n_examples=32", f"resume_from={first}/LATEST")
+    assert (same / "LATEST" / "model.safetensors").is_file() and lines(same, "eval")
 
 
 def test_cached_and_live_references_give_one_trajectory(tmp_path, sft):

@@ -62,14 +62,14 @@ def forget(part: str) -> None:
         return
     load = Trainer.load_state_dict
 
-    def load_without(self, state):
+    def load_without(self, state, here):
         own = {
             "weighting": self.weighting,
             "schedule": self.parts.schedule,
             "stopper": self.parts.stopper,
             "spike": self.spike,
         }
-        load(self, {**state, part: own[part].state_dict()})
+        load(self, {**state, part: own[part].state_dict()}, here)
 
     Trainer.load_state_dict = load_without
 
