@@ -42,7 +42,13 @@ class FreshPairs:
     seed: int
 
     def __call__(self, rows: Sequence[Row], epoch: int) -> list[Row]:
-        """The rows with the auxiliary pairs of this epoch, and preferences, in place of those they may have."""
+        """The rows with the auxiliary pairs of this epoch, and preferences, in place of those they may have. A row that is
+        there twice (groups are drawn again before the epoch ends) has the same pairs both times."""
+        distinct = list({row.uid: row for row in rows}.values())
+        made = {row.uid: row for row in self._draw(distinct, epoch)}
+        return [made[row.uid] for row in rows]
+
+    def _draw(self, rows: Sequence[Row], epoch: int) -> list[Row]:
         number = 2 * self.num_pairs
         room = [self.max_length - len(row.prompt) for row in rows]
         if self.max_new_tokens is not None:
