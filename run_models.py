@@ -107,7 +107,8 @@ class RunModels:
                 device="cpu" if fsdp else self.world.device,
                 tokenizer=self.tokenizer,
             )
-            return reference.LiveReference(self._spread(build_scorer(self.run, model), "logps"))
+            scorer = build_scorer(self.run, model, "logps", self.world.device)
+            return reference.LiveReference(self._spread(scorer, "logps"))
 
         log.info("data_selection: losses of %d training rows under the holdout models", len(rows))
         with autocast(self.config.precision, self.world.device):
@@ -156,9 +157,11 @@ class RunModels:
         if not needs.reference:
             return None
         lora = models.is_peft(scorer.model)
+        began_with = resumed["reference_weights"] if resumed else None
         same = lora or (resumed is None and self.spec.policy_dtype == self.spec.reference_dtype)
 
         def live() -> Callable:
+            self._check_reference(began_with)
             if lora:
                 return reference.AdapterOffReference(scorer, scorer.model)
             return reference.LiveReference(self.reference_scorer)
@@ -169,12 +172,17 @@ class RunModels:
             or config.fresh_pairs.num_pairs
             or (config.reference == "auto" and passes < 1)
         ):
-            return live()
-        self.reference_weights = resumed["reference_weights"] if resumed else self._weights_hash(scorer.model)
+            made = live()
+            if not config.eval_only_once:
+                self.reference_weights = self._found_weights
+            return made
+        if lora:  # the policy is trained on them
+            self._check_reference(began_with)
+        self.reference_weights = began_with or self._found_weights
         cache = reference.CachedReference(
             config.reference_cache,
             weights=self.reference_weights,
-            kernel=f"{reference.kernel_id(scorer)}/{config.precision}" + "/compiled" * config.compile,
+            kernel=self.kernel(scorer),
             dtype=models.DTYPES[self.spec.reference_dtype],
             device=self.world.device,
             scorer_factory=(lambda: reference.LiveReference(scorer)) if same and not lora else live,
@@ -185,7 +193,22 @@ class RunModels:
                 every, needs.reference, world=self.world, check=0 if resumed else config.reference_check
             )
         scorer.train()
+        self.__dict__.pop("reference_scorer", None)  # nothing is left to compute: its memory is free
         return cache
+
+    def kernel(self, scorer: scoring.Scorer) -> str:
+        """What the reference's rounding depends on besides its weights, see `reference.kernel_id`."""
+        words = [reference.kernel_id(scorer), self.config.precision]
+        if self.world.mode == "fsdp" and self.spec.fsdp_policy_mp is not None:
+            words.append(self.spec.fsdp_policy_mp)
+        return "/".join([*words, *["compiled"] * self.config.compile])
+
+    def _check_reference(self, began_with: str | None) -> None:
+        if began_with not in (None, self._found_weights):
+            raise UserError(
+                f"model.archive={self.spec.archive}: the reference has other weights ({self._found_weights[:12]}) than when this "
+                f"run began ({began_with[:12]}); put them back, or use another exp_name= or fresh=true"
+            )
 
     def build_fresh_pairs(self) -> FreshPairs | None:
         """What draws and scores auxiliary pairs at every epoch, if the run wants that."""
@@ -246,7 +269,10 @@ class RunModels:
             layout=layout,
         )
 
-    def _weights_hash(self, model: torch.nn.Module) -> str:
+    @cached_property
+    def _found_weights(self) -> str:
+        """Hash of the reference as it was built now; first asked for while the policy is what it starts from."""
+        model = self.scorer.model
         if models.is_peft(model):
             adapter = models.REFERENCE_ADAPTER if models.REFERENCE_ADAPTER in model.peft_config else None
             return models.weights_hash(model, adapter)

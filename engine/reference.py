@@ -68,7 +68,7 @@ class AdapterOffReference:
 def kernel_id(scorer: nn.Module) -> str:
     """What rounding depends on besides weights and dtype: values of another kernel are not used.
 
-    Append ``/bf16`` for a Scorer that runs under autocast.
+    Append ``/bf16`` for a Scorer that runs under autocast, and the dtype that FSDP casts parameters to.
     """
     attention = scorer.model.config._attn_implementation
     return f"{scorer.layout}/{attention}/{scorer.device.type}/torch {torch.__version__}/transformers {transformers.__version__}"
@@ -126,7 +126,8 @@ class CachedReference:
             batch_tokens,
         )
         self._padded = kernel.startswith("padded")
-        rounding = {"bf16": torch.bfloat16, "tf32": torch.float16}  # as many bits
+        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        rounding = {"bf16": torch.bfloat16, "tf32": torch.float16, **half}  # as many bits
         precision = next((rounding[part] for part in kernel.split("/") if part in rounding), dtype)
         self._limit = CHECK_TOLERANCE[precision]
         self._factory = scorer_factory

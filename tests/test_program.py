@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import assembly
@@ -309,6 +311,27 @@ def test_another_runs_checkpoint_is_gone_on_from_with_a_directory_of_its_own(tmp
     assert (run_dir / f"step-{best['examples']}").is_dir()
     same, _ = start(tmp_path, *words, "exp_name=third", "n_examples=32", f"resume_from={first}/LATEST")
     assert (same / "LATEST" / "model.safetensors").is_file() and lines(same, "eval")
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["reference=live"], True),
+        (["reference=cached", "cache_dir={tmp_path}/gone"], True),
+        (["reference=cached"], False),  # its values were kept
+        (["reference=cached", "model.use_lora=true"], True),
+    ],
+)
+def test_a_reference_that_changed_since_the_run_began_is_refused(tmp_path, sft, words, refused):
+    shutil.copytree(sft, tmp_path / "archive", ignore=shutil.ignore_patterns("manifest.json", "training"))
+    fixed = ["exp_name=x", "loss=dpo", "loss.beta=0.1", f"model.archive={tmp_path}/archive"]
+    fixed += [word for word in words if not word.startswith("cache_dir")]
+    start(tmp_path, *fixed, "n_examples=16")
+    path = tmp_path / "archive" / "model.safetensors"
+    save_file({k: 1.01 * v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    more = [word.format(tmp_path=tmp_path) for word in words if word.startswith("cache_dir")]
+    with pytest.raises(UserError, match="the reference has other weights") if refused else nullcontext():
+        start(tmp_path, *fixed, *more, "resume_allow=[n_examples]")
 
 
 def test_cached_and_live_references_give_one_trajectory(tmp_path, sft):

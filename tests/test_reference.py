@@ -10,12 +10,22 @@ import numpy as np
 import pytest
 import torch
 
+from config.compose import compose
 from data.schema import Batch, Row
 from engine.models import ModelSpec, build_policy, build_reference, load_tokenizer, save_model
 from engine.parallel import World, full_tensor, shard
-from engine.reference import AdapterOffReference, CachedReference, LiveReference, kernel_id, weights_hash
+from engine.reference import (
+    CHECK_TOLERANCE,
+    AdapterOffReference,
+    CachedReference,
+    LiveReference,
+    kernel_id,
+    weights_hash,
+)
 from engine.scoring import Scorer
 from losses.types import Scored
+from run_models import RunModels
+from tests.trainer_tools import make_model
 from utils import UserError
 
 LLAMA = {
@@ -81,6 +91,17 @@ class Counting:
         self.responses += len(batch.positions(roles))
         self.batches.append(batch)
         return self.scorer(batch, roles, tokens)
+
+
+def test_values_of_slices_in_half_precision_are_kept_apart_and_checked_as_such(tmp_path):
+    words = ["model=tiny", "loss=sft", "trainer=FSDPTrainer", "model.fsdp_policy_mp=bfloat16"]
+    run, scorer = compose(words), Scorer(make_model())
+    worlds = {mode: World(0, 2, torch.device("cpu"), mode) for mode in ("none", "ddp", "fsdp")}
+    kernels = {mode: RunModels(run, world, None, None).kernel(scorer) for mode, world in worlds.items()}
+    assert kernels["none"] == kernels["ddp"] != kernels["fsdp"]
+    facts = {"weights": "w", "dtype": torch.float32, "device": "cpu", "scorer_factory": lambda: None}
+    limits = [CachedReference(tmp_path, kernel=kernels[mode], **facts)._limit for mode in ("ddp", "fsdp")]
+    assert limits == [CHECK_TOLERANCE[torch.float32], CHECK_TOLERANCE[torch.bfloat16]]
 
 
 def cache(folder, factory, **changes):

@@ -175,7 +175,9 @@ def test_every_epoch_draws_other_pairs_and_scores_them_with_the_reward_model(way
         )
         assert all(len(r) == 4 or r[-1] == session.tokenizer.eos_token_id for r in a.responses[2:])
     assert [r.tolist() for r in alone.responses] == [r.tolist() for r in first[1].responses]
-    for again in draw([rows[1], rows[0], rows[1]], 0)[::2]:  # groups drawn uniformly have rows again before the epoch ends
+    for again in draw([rows[1], rows[0], rows[1]], 0)[
+        ::2
+    ]:  # groups drawn uniformly have rows again before the epoch ends
         assert [r.tolist() for r in again.responses] == [r.tolist() for r in alone.responses]
     with draw.reference() as model:  # what a chat model's turns end with, which labelled responses need not
         monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(200)))
