@@ -229,7 +229,7 @@ def _log_sum_exp(x: np.ndarray) -> float:
 
 
 class RobustWeights:
-    """State of ``GroupRobust``: log alpha, the current step size, and how often the bound acted."""
+    """State of ``GroupRobust``: log alpha, cuts of the step size, and how often the bound acted."""
 
     def __init__(
         self, settings: GroupRobust, groups: Sequence[str], adjustment: np.ndarray, probs: np.ndarray
@@ -239,8 +239,12 @@ class RobustWeights:
         self._adjustment = adjustment  # (G,) adj_g / sqrt(N_g)
         self._probs = probs
         self._log_alpha = np.full(len(groups), -math.log(len(groups)))
-        self._step_size = float(settings.step_size)
+        self._cuts = 0
         self._bound_hits = 0
+
+    @property
+    def _step_size(self) -> float:
+        return self._settings.step_size * self._settings.step_factor**self._cuts
 
     @property
     def alpha(self) -> np.ndarray:
@@ -300,7 +304,7 @@ class RobustWeights:
     def on_lr_cut(self) -> None:
         """The stopping rule has cut the learning rate."""
         if self._settings.adaptive_step_size:
-            self._step_size *= self._settings.step_factor
+            self._cuts += 1
 
     def metrics(self) -> dict[str, float]:
         """``weights/<group>``: the weight of the group's mean loss in the objective; step size; updates the bound changed."""
@@ -316,7 +320,7 @@ class RobustWeights:
         return {
             "groups": list(self._groups),
             "log_alpha": self._log_alpha.tolist(),
-            "step_size": self._step_size,
+            "cuts": self._cuts,
             "bound_hits": self._bound_hits,
         }
 
@@ -324,5 +328,5 @@ class RobustWeights:
         """Raises UserError when the checkpoint's groups are not this run's."""
         _check_groups(state["groups"], self._groups)
         self._log_alpha = np.asarray(state["log_alpha"], dtype=np.float64)
-        self._step_size = float(state["step_size"])
+        self._cuts = int(state["cuts"])
         self._bound_hits = int(state["bound_hits"])

@@ -373,6 +373,14 @@ def test_state_survives_json_bit_for_bit():
         one.load_state_dict(json.loads(json.dumps(one.state_dict())))
 
 
+def test_a_step_size_changed_at_a_restart_counts_from_there_on():
+    state = GroupRobust(step_size=0.4, adaptive_step_size=True).build(NAMES, COUNTS, PROBS)
+    state.on_lr_cut()
+    changed = GroupRobust(step_size=0.1, adaptive_step_size=True).build(NAMES, COUNTS, PROBS)
+    changed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert changed.metrics()["step_size"] == 0.05
+
+
 def test_a_checkpoint_of_other_groups_is_refused():
     for settings_ in (GroupRobust(), Uniform(), ImportanceWeighted()):
         state = settings_.build(NAMES, COUNTS, PROBS)
