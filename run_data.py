@@ -154,10 +154,10 @@ def check_groups(run: Run, groups: Sequence[str], splits: Mapping[str, Sequence[
         metric = run.stopping.watched()
         split, _, group, _ = parts(metric)
         split = {"eval": "validation", "train_eval": "train", "test": "test"}.get(split)
-        if split not in run.config.eval_splits or not splits.get(split):
+        if split not in run.config.splits_each_time or not splits.get(split):
             there = ", ".join(f"{len(rows)} {s}" for s, rows in splits.items() if rows) or "none"
             raise UserError(
-                f"stopping.metric={metric}: will not be there; eval_splits={run.config.eval_splits}, and the rows to evaluate are: "
+                f"stopping.metric={metric}: will not be there; evaluated are {run.config.splits_each_time}, and the rows to evaluate are: "
                 f"{there}; the data set's validation_fraction or num_validation makes a validation split (eval/)"
             )
         watched = split if group else None

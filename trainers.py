@@ -263,7 +263,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             signal = stack.enter_context(SignalFlag())
             if self.step_count == 0 and config.do_first_eval:
-                self.evaluate(config.eval_splits)
+                self.evaluate(config.splits_each_time)
             bar = stack.enter_context(progress(plan.num_examples, self.examples, self.world.is_main))
             while self.step_count < plan.num_steps and not self.parts.stopper.stopped:
                 start, before = time.perf_counter(), self.examples
@@ -276,7 +276,7 @@ class Trainer:
                 last = self.step_count == plan.num_steps
                 decision = None
                 if not last and crosses(before, self.examples, config.eval_every):
-                    decision = self.evaluate(config.eval_splits)
+                    decision = self.evaluate(config.splits_each_time)
                 flagged = self.world.any(signal.is_set)
                 if (
                     flagged

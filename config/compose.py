@@ -420,6 +420,14 @@ def _cross_check(run: Run) -> None:
         )
     if not needs.trains and not config.eval_only_once:
         raise UserError(f"loss={loss} only evaluates: add eval_only_once=true")
+    if config.sample_during_eval and needs.output != "logps":
+        raise UserError(
+            f"sample_during_eval=true: loss={loss} trains a model that gives {needs.output}s and cannot write"
+        )
+    if getattr(run.weighting, "adaptive_step_size", False) and run.plain["stopping"]["name"] == "none":
+        log.warning(
+            "weighting.adaptive_step_size=true: stopping=none cuts no learning rate, so the step size stays"
+        )
     if config.fresh_pairs.num_pairs and "aux_1" not in needs.optional_roles:
         raise UserError(
             f"fresh_pairs.num_pairs={config.fresh_pairs.num_pairs}: loss={loss} has no auxiliary pairs; use loss=vrpo or "

@@ -56,6 +56,14 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, "trainer.", {"nproc": (">=", 1), "timeout_s": (">", 0)})
+        if self.parallel == "none" and self.nproc not in (None, 1):
+            raise UserError(
+                f"trainer.nproc={self.nproc} with trainer={self.name}: that is one process; use trainer=DDPTrainer or FSDPTrainer"
+            )
+        if self.cpu_offload and self.parallel != "fsdp":
+            raise UserError(
+                f"trainer.cpu_offload=true with trainer={self.name}: only trainer=FSDPTrainer can"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,10 @@ class FreshPairsConfig:
             "batch_size": (">=", 1),
         }
         check_limits(self, "fresh_pairs.", limits)
+        if not self.num_pairs and (self.model or self.function):
+            raise UserError(
+                "fresh_pairs.num_pairs=0: nothing is drawn; give the number of pairs, or neither model nor function"
+            )
         key, other = ("function", "model") if self.scorer == "function" else ("model", "function")
         if self.num_pairs and (getattr(self, key) is None or getattr(self, other) is not None):
             raise UserError(
@@ -168,7 +180,7 @@ class Config:
     eval_every: int
     save_every: int | None
     do_first_eval: bool
-    eval_splits: list[Literal["train", "validation", "test"]]
+    eval_splits: list[Literal["validation", "test"]]
     eval_train_data: bool
     eval_only_once: bool
     sample_during_eval: bool
@@ -248,6 +260,11 @@ class Config:
             )
         if self.data.mix_weights is not None and self.weighted_batches:
             yield "data.mix_weights and weighted_batches=true both decide what is drawn; set one"
+
+    @property
+    def splits_each_time(self) -> list[str]:
+        """What an evaluation between steps goes through."""
+        return [*self.eval_splits, *["train"] * self.eval_train_data]
 
     def check_world(self, world_size: int) -> None:
         """Raise UserError if the step cannot be cut evenly over accumulation and ranks."""

@@ -83,6 +83,11 @@ class ModelSpec:
             )
         if self.lora_target_modules is not None and not self.lora_target_modules:
             yield "model.lora_target_modules=[]: name at least one module, or null for every linear layer of the blocks"
+        if self.use_lora and self.reference_dtype != self.policy_dtype:
+            yield (
+                f"model.reference_dtype={self.reference_dtype} model.policy_dtype={self.policy_dtype}: with model.use_lora=true the "
+                "reference is the policy with its adapter off, in the policy's dtype; give both the same"
+            )
         if self.quantization is not None and (not self.use_lora or self.name_or_path is None):
             yield (
                 f"model.quantization={self.quantization}: 4-bit weights cannot be trained; it needs model.use_lora=true "

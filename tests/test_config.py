@@ -137,6 +137,21 @@ def test_a_value_out_of_range_is_told_with_its_key_before_anything_is_read(word)
     assert word.partition("=")[0] in told(word)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trainer.nproc=2"], "trainer.nproc=2 with trainer=BasicTrainer"),
+        (["trainer=DDPTrainer", "trainer.cpu_offload=true"], "trainer.cpu_offload=true with trainer=DDPTrainer"),
+        (["eval_splits=[train]"], "must be one of validation, test"),
+        (["fresh_pairs.model=m"], "fresh_pairs.num_pairs=0: nothing is drawn"),
+        (["loss=reward", "sample_during_eval=true"], "sample_during_eval=true: loss=reward trains a model that gives rewards"),
+        (["model.use_lora=true", "model.reference_dtype=bfloat16"], "model.reference_dtype=bfloat16 model.policy_dtype=float32"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_would_change_nothing_is_refused(words, says):
+    assert says in told(*words)
+
+
 def test_several_values_without_m_are_told_to_be_a_sweep():
     assert "add -m" in told("seed=0,1")
     assert prepare(["-m", "seed=0,1"])[-1] == "++multirun_keys=[seed]"

@@ -505,7 +505,8 @@ def test_a_reward_model_starts_from_a_language_models_archive_and_reloads_its_ow
 
 
 def lora(config=GEMMA, **changes):
-    return make_spec(config, use_lora=True, lora_rank=2, lora_alpha=4, **changes)
+    same = {"reference_dtype": changes["policy_dtype"]} if "policy_dtype" in changes else {}
+    return make_spec(config, use_lora=True, lora_rank=2, lora_alpha=4, **same, **changes)
 
 
 @pytest.mark.parametrize("config", [GEMMA, GPT2, LLAMA], ids=lambda c: c["model_type"])

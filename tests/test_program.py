@@ -55,6 +55,12 @@ def test_an_sft_run_leaves_everything_behind(sft):
     assert list((run_dir / "records").glob("test-*.jsonl"))
 
 
+def test_training_rows_are_evaluated_with_the_others_each_time(tmp_path):
+    run_dir, _ = start(tmp_path, "eval_train_data=true", "eval_splits=[validation]", "n_examples=16")
+    found = [(row["examples"], row["split"]) for row in lines(run_dir, "eval")]
+    assert found == [(0, "eval"), (0, "train_eval"), (16, "train_eval"), (16, "eval"), (16, "test")]
+
+
 def test_the_table_of_results_has_the_losses_of_the_metrics(tmp_path):
     run_dir, _ = start(tmp_path, "loss.unit=token", "n_examples=16")
     for found in json.loads((run_dir / "results.json").read_text())["splits"].values():

@@ -47,6 +47,7 @@ def model_of(config, small=False, **changes):
         config=config,
         tokenizer_name_or_path="assets/tokenizer",
         policy_dtype="float64",
+        reference_dtype="float64",
         **changes,
     )
     model = build_policy(spec, seed=0, device="cpu")
