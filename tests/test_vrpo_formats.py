@@ -91,6 +91,10 @@ def test_auxiliary_responses_without_preferences_are_refused_before_a_model_is_l
         told = f"local/{split}:1: has auxiliary responses but no chosen_preference, like {number} of {number} {split} rows"
         with pytest.raises(UserError, match=told):
             trained(tmp_path, split, *STAGES[stage], data=data)
+    fresh = ("fresh_pairs.num_pairs=1", "fresh_pairs.scorer=function", "fresh_pairs.function=a:b")
+    run = run_of(tmp_path, *STAGES[stage], *fresh, data=data)
+    rows = run_data.load_data(run, models.load_tokenizer(run.model)).rows
+    run_data.check_preferences(run, rows)  # those of train are made anew
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
