@@ -74,7 +74,7 @@ def by_scorer(scorer: Any, name: str) -> Referee:
             log.warning("%s: %d of %d pairs are left out: %s", name, count, len(found), reason)
         wins = []
         for contest, odds in zip(contests, found, strict=True):
-            same = contest.first == contest.second and contest.done == contest.done[::-1]
+            same = contest.first == contest.second and contest.done[0] == contest.done[1]
             value = 0.0 if same else odds  # rounding of two equal rows is no preference
             wins.append(
                 None if isinstance(value, str) else _decided(float(np.atleast_1d(np.asarray(value))[0]))

@@ -21,8 +21,10 @@ from commands import score
 from commands.cli import split
 from commands.judge import JudgeSettings
 from commands.score import Settings
+from commands.wins import Contest, by_scorer
 from config.build import build
 from config.compose import compose
+from data.schema import Example
 from engine import stats
 from utils import UserError
 
@@ -240,6 +242,15 @@ def test_win_rates_are_means_over_prompts_of_who_is_better(compared):
     assert any(w["by"] == "reward_model" and 0 < w["p"] < 1 and w["win"] in (0, 1) for w in wins)
     ratios = {(s["uid"], s["sample"]): s["policy_log_ratio"] for s in samples}
     assert all(w["log_ratio"] == ratios[w["uid"], w["sample"]] for w in wins if w["first"] == "policy")
+
+
+def test_equal_responses_tie_unless_one_was_cut():
+    def scorer(rows):
+        return [np.array([1.0])] * len(rows)
+
+    example = Example("u", "p", (("chosen", "a"), ("rejected", "b")), "g")
+    contests = [Contest(example, "x", "x", done) for done in ((True, True), (False, False), (True, False))]
+    assert [win.win for win in by_scorer(scorer, "function")(contests)] == [0.5, 0.5, 1.0]
 
 
 def test_two_checkpoints_are_compared_on_the_same_examples(compared):
