@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from bandits.methods import Arm, RunningMoments, advantages, select
-from bandits.online import clip_gradients, draw, grad_norms, step_loss, train
+from bandits.online import Samples, clip_gradients, draw, grad_norms, log_ratios, step_loss, train
 from bandits.policies import Transformer, trainable
 from bandits.worlds import ContextualBandit, SequenceBandit, WarmStart, generators
 from utils import UserError
@@ -136,6 +137,16 @@ def test_minibatches_take_that_many_steps_per_pass_and_fresh_prompts_differ():
     other = run([0], dataclasses.replace(arm, fresh_prompts=True), 1)
     assert torch.equal(curves.metrics["reward"][:5], other.metrics["reward"][:5])
     assert not torch.equal(curves.metrics["train_reward"][-1], other.metrics["train_reward"][-1])
+
+
+def test_log_ratios_are_those_of_the_best_sample_and_of_the_others():
+    h = torch.arange(12.0).view(2, 2, 3, 1) ** 2
+    world = SimpleNamespace(token_logps=lambda params, prompts, actions: h - 1.0)
+    data = Samples(torch.zeros(2, 2), torch.zeros(2, 2, 3, 1), REWARDS, OLD, OLD - 1.0)
+    found = log_ratios(world, {}, data)
+    # the best: the second and the first of replicate 0's prompts, the first and the second of replicate 1's
+    assert found["log_ratio/chosen"].tolist() == [(1 + 9) / 2, (36 + 100) / 2]
+    assert found["log_ratio/rejected"].tolist() == [(2 + 20.5) / 2, (56.5 + 101) / 2]
 
 
 def test_log_ratios_start_at_zero_and_the_margin_is_their_difference():
