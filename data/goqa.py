@@ -85,6 +85,11 @@ class Settings(ReadSettings):
             raise UserError(
                 f"data.<name>.kfold={self.kfold}: must be 0 to {NUM_FOLDS - 1}, or null for no folds"
             )
+        if self.split_by == "row" and self.split_seed:
+            raise UserError(
+                f"data.<name>.split_seed={self.split_seed}: not read with split_by=row, which splits as the reference code does; "
+                "leave it away, or set split_by=question"
+            )
         if self.max_pairs < 1:
             raise UserError(f"data.<name>.max_pairs={self.max_pairs}: must be at least 1; try 4")
         if len(set(self.countries)) != len(self.countries):

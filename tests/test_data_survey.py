@@ -163,6 +163,7 @@ def test_goqa_names_and_countries():
         ({"test_fraction": 0.6, "validation_fraction": 0.5}, "nothing is left to train on"),
         ({"kfold": 5}, "kfold=5: must be 0 to 4"),
         ({"max_pairs": 0}, "max_pairs=0: must be at least 1"),
+        ({"split_by": "row", "split_seed": 3}, "split_seed=3: not read with split_by=row"),
         ({"countries": ["A", "A"]}, "a country occurs twice"),
     ],
 )
