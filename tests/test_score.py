@@ -244,6 +244,21 @@ def test_win_rates_are_means_over_prompts_of_who_is_better(compared):
     assert all(w["log_ratio"] == ratios[w["uid"], w["sample"]] for w in wins if w["first"] == "policy")
 
 
+def test_responses_are_drawn_once_for_every_prompt(runs, tmp_path):
+    session = score.Session(
+        compose([*DATA, f"model.archive={runs}/ipo/LATEST"]), Settings(out=str(tmp_path), num_prompts=100)
+    )
+    rows = session.data.rows["test"]
+    found = [row for row, _ in session.prompts("test")]
+    first = {row.prompt_key: row.uid for row in reversed(rows)}
+    assert (
+        len(first) < len(rows)
+        and {row.prompt_key: row.uid for row in found} == first
+        and len(found) == len(first)
+    )
+    assert all(row.uid == example.uid for row, example in session.prompts("test"))
+
+
 def test_equal_responses_tie_unless_one_was_cut():
     def scorer(rows):
         return [np.array([1.0])] * len(rows)
