@@ -367,30 +367,26 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], here: bool = True) -> None:
-        """``here``: the state is of this run directory, which then holds what was saved and logged, and the best checkpoint."""
+        """``here``: of a checkpoint in this run directory, which then holds what was saved and logged as well."""
         self.step_count, self.examples = state["step"], state["examples"]
         self.parts.schedule.load_state_dict(state["schedule"])
         self.weighting.load_state_dict(state["weighting"])
         self.parts.stopper.load_state_dict(state["stopper"])
         self.guard.load_state_dict(state["guard"])
         self.spike.load_state_dict(state["spike"])
-        if not here:
-            self.parts.stopper.forget_best()
-            return
-        evaluation = state["evaluation"]
-        self.logged, self.judged = list(evaluation["logged"]), evaluation["judged"]
-        self.restored = dict(evaluation["restored"])
-        here = {int(path.name[5:]) for path in self.parts.run_dir.glob("step-*") if path.name[5:].isdigit()}
-        self.saved_at = self.examples if self.examples in here else -1  # resume_from: it lies elsewhere
         self.evaluated_at = self.examples
-        best = self.parts.stopper.best_examples()
-        if best is not None and best != self.examples and best not in here:
+        if here:
+            evaluation = state["evaluation"]
+            self.logged, self.judged = list(evaluation["logged"]), evaluation["judged"]
+            self.restored = dict(evaluation["restored"])
+            self.saved_at = self.examples
+        stopper, run_dir = self.parts.stopper, self.parts.run_dir
+        best = stopper.best_examples() if stopper.restores_best else None
+        if best is not None and not (run_dir / f"step-{best}").is_dir():
             log.warning(
-                "the best checkpoint, step-%d, is not in %s: the best from here on counts",
-                best,
-                self.parts.run_dir,
+                "the best checkpoint, step-%d, is not in %s: the best from here on counts", best, run_dir
             )
-            self.parts.stopper.best = None
+            stopper.best = None
 
     def save(self) -> None:
         """Commit a checkpoint of this step (once). Gathering is collective, writing is rank 0's, but for shards."""

@@ -47,9 +47,6 @@ class Never:
     def best_examples(self) -> int | None:
         return None
 
-    def forget_best(self) -> None:
-        pass
-
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -217,10 +214,6 @@ class PlateauRule:
     def best_examples(self) -> int | None:
         """Training examples at the best evaluation so far."""
         return None if self.best is None else int(self.best["examples"])
-
-    def forget_best(self) -> None:
-        """Its checkpoint is not in this run's directory: what comes is compared among itself."""
-        self.best = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
