@@ -18,7 +18,7 @@ import torch
 
 from config.compose import NOT_IDENTITY, Run
 from data.passport import passport
-from data.plan import Plan
+from data.plan import Plan, fingerprint
 from data.schema import Row
 from engine import checkpoint, models, parallel, results, rundir, runtime, sharded
 from engine.evaluation import Evaluator
@@ -361,6 +361,7 @@ class _Session:
         return {
             "config_hash": self.run_.config_hash,
             "data_fingerprint": self.plan.fingerprint,
+            "evaluation_rows": {split: fingerprint(rows) for split, rows in self.eval_rows.items() if rows},
             "world_size": self.world.size,
             "parallel": self.world.mode,
             "micro_batches": config.microbatch_tokens or config.gradient_accumulation_steps,

@@ -172,15 +172,25 @@ def check_groups(run: Run, groups: Sequence[str], splits: Mapping[str, Sequence[
             )
 
 
+def _check_strata(what: str, names: Sequence[str], strata: Sequence[int]) -> None:
+    empty = [name for i, name in enumerate(names) if i not in set(strata)]
+    if empty:
+        raise UserError(
+            f"{what} {', '.join(empty)} has no training rows that could be drawn; add some, or drop it"
+        )
+
+
 def build_plan(run: Run, data: Data) -> Plan:
     """The batch plan: plain epochs, weighted mixtures of data sets, or groups drawn uniformly."""
     config, rows = run.config, data.rows["train"]
     strata, probs = None, None
     if config.weighted_batches:
         strata, probs = [row.group for row in rows], [1.0] * len(data.groups)
+        _check_strata("weighted_batches=true: group", data.groups, strata)
     elif config.data.mix_weights is not None:
         strata = data.source["train"]
         probs = [config.data.mix_weights[name] for name in data.datasets]
+        _check_strata("data.mix_weights: data set", data.datasets, strata)
     return Plan(
         rows,
         seed=config.seed,

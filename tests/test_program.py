@@ -206,6 +206,7 @@ def test_the_best_evaluation_is_what_remains_and_the_end_of_the_plan_has_one(tmp
     ("words", "missing", "told"),
     [
         (["weighting=importance"], "train", r"group 'b' has 0 training examples .* drop the group"),
+        (["weighted_batches=true"], "train", "weighted_batches=true: group b has no training rows"),
         (["weighting=group_robust"], "test", "no test row of group b: .* add rows or drop the group$"),
         (["stopping=plateau"], "validation", r"no validation row of group b: .* another stopping\.metric"),
         (["stopping=plateau", "stopping.metric=eval/loss"], "validation", None),

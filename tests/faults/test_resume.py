@@ -195,3 +195,27 @@ def test_the_same_command_after_the_end_shows_the_results_and_changes_nothing(tm
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     lock = tmp_path / "run" / ".lock"
     assert {**before, lock: 0} == {**after, lock: 0}
+
+
+def test_other_evaluation_rows_are_told(tmp_path):
+    run_dir = tmp_path / "run"
+    interrupted(run_dir, 2)
+
+    def patch(rank: int) -> None:
+        import dataclasses
+
+        import run_data
+
+        load = run_data.load_examples
+
+        def changed(run):
+            found = load(run)
+            validation = found["validation"][0]
+            validation.append(dataclasses.replace(validation[0], uid="once more"))
+            return found
+
+        run_data.load_examples = changed
+
+    (child,) = start(words(run_dir), patch=patch)
+    assert child.wait() == 0, child.text
+    assert "not bit-exact, equal to rounding: evaluation_rows.validation: " in child.text
