@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from engine.guards import NonFiniteError
 from losses.pairwise import DPO, IPO, Hinge, Ramp
-from tests.trainer_tools import make_trainer, parameters
+from losses.sft import SFT
+from tests.trainer_tools import make_rows, make_trainer, parameters
+from weighting import GroupRobust
 
 
 def spoil(trainer, value: float) -> None:
@@ -39,3 +42,26 @@ def test_a_loss_that_is_not_a_number_moves_nothing_also_where_its_gradient_is_fi
     metrics = skipping.step()
     assert metrics["skipped_steps"] == 1 and torch.equal(parameters(skipping), before)
     assert metrics["train/loss"] != metrics["train/loss"]  # no mean over the examples that have a loss
+
+
+@pytest.mark.parametrize("unit", ["example", "token"])
+def test_group_weights_follow_the_losses_of_examples_whatever_the_mean_is_over(tmp_path, unit):
+    rows = [replace(r, responses=r.responses[:1], roles=("target",), weight=1.0) for r in make_rows()]
+    settings = GroupRobust(step_size=0.01, max_exponent=100.0)
+    trainer = make_trainer(tmp_path, SFT(unit=unit), rows=rows, weighting=settings)
+    indices = trainer.parts.plan.step_rows(0)
+    losses, groups = trainer.losses(indices), np.array([rows[i].group for i in indices])
+    sums = np.array([losses[groups == g].sum() for g in range(3)])
+    expected = np.exp(0.01 * sums / (len(indices) * trainer.parts.plan.group_probs))
+    trainer.step()
+    assert trainer.weighting.alpha == pytest.approx(expected / expected.sum(), rel=1e-9)
+
+
+def test_a_step_that_is_left_out_changes_no_state_and_still_counts(tmp_path):
+    trainer = make_trainer(tmp_path, DPO(0.1), nonfinite="skip", weighting=GroupRobust(step_size=0.5))
+    spoil(trainer, float("nan"))
+    before = trainer.weighting.state_dict()
+    trainer.step()
+    assert trainer.weighting.state_dict() == before and not trainer.parts.optimizer.state
+    assert trainer.state_dict()["guard"] == {"skipped": 1, "consecutive": 1}
+    assert (trainer.step_count, trainer.examples) == (1, 6)
