@@ -111,9 +111,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token (EOS where it has none, logged). UserError without EOS."""
     name = spec.tokenizer_name_or_path or spec.name_or_path
     key = "tokenizer_name_or_path" if spec.tokenizer_name_or_path else "name_or_path"
+    revision = spec.revision if name == spec.name_or_path else None  # of the model's repository, no other's
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            local_path(name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            local_path(name), revision=revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise UserError(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import utils
 from config.build import build
-from engine import archives
+from engine import archives, model_spec
 from engine.lora import REFERENCE_ADAPTER, adapter_off
 from engine.model_spec import ROOT, ModelSpec
 from engine.models import (
@@ -248,6 +248,19 @@ def test_reward_and_embedding_heads_are_drawn_from_the_runs_seed(config, output,
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert same(model, policy(spec, output=output, dim=dim, seed=1))
     assert not torch.equal(model.score.weight, policy(spec, output=output, dim=dim, seed=2).score.weight)
+
+
+@pytest.mark.parametrize(("own", "revision"), [(None, "abc"), ("hub/model", "abc"), ("hub/tokens", None)])
+def test_a_revision_is_that_of_the_model_s_repository_alone(monkeypatch, tokenizer, own, revision):
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options["revision"]))
+        return tokenizer
+
+    monkeypatch.setattr(model_spec.AutoTokenizer, "from_pretrained", load)
+    load_tokenizer(make_spec(None, name_or_path="hub/model", revision="abc", tokenizer_name_or_path=own))
+    assert asked == [(own or "hub/model", revision)]
 
 
 def test_embedding_and_dim_belong_together():
