@@ -99,6 +99,9 @@ def test_values_of_slices_in_half_precision_are_kept_apart_and_checked_as_such(t
     worlds = {mode: World(0, 2, torch.device("cpu"), mode) for mode in ("none", "ddp", "fsdp")}
     kernels = {mode: RunModels(run, world, None, None).kernel(scorer) for mode, world in worlds.items()}
     assert kernels["none"] == kernels["ddp"] != kernels["fsdp"]
+    for changes in ({"precision": "bf16"}, {"compile": True}):
+        other = dataclasses.replace(run, config=dataclasses.replace(run.config, **changes))
+        assert RunModels(other, worlds["none"], None, None).kernel(scorer) not in kernels.values()
     facts = {"weights": "w", "dtype": torch.float32, "device": "cpu", "scorer_factory": lambda: None}
     limits = [CachedReference(tmp_path, kernel=kernels[mode], **facts)._limit for mode in ("ddp", "fsdp")]
     assert limits == [CHECK_TOLERANCE[torch.float32], CHECK_TOLERANCE[torch.bfloat16]]
