@@ -76,10 +76,7 @@ def main(argv: list[str]) -> int:
     try:
         name, plain = settings(argv)
         experiment = study(plain)
-        threads = plain["num_threads"]
-        if not isinstance(threads, int) or threads < 1:
-            raise UserError(f"num_threads={threads}: must be a whole number of at least 1")
-        torch.set_num_threads(threads)
+        torch.set_num_threads(plain["num_threads"])
         report = Report(Path(plain["run_root"]) / name)
         facts = provenance(
             config_hash=content_hash(plain["study"]),

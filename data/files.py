@@ -18,13 +18,7 @@ from utils import UserError, did_you_mean, log, rank, write_atomic
 T = TypeVar("T")
 
 SHOWN = 20  # rejected rows that are logged when there is no file for them
-AGGREGATES = (
-    "all",
-    "mean",
-    "worst",
-    "mean_group",
-    "worst_group",
-)  # names of rows and columns in tables and figures
+AGGREGATES = ("all", "mean", "worst", "mean_group", "worst_group")  # names in tables and figures
 TRUNCATIONS = ("keep_start", "keep_end", "drop", "error")
 
 
