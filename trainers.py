@@ -32,7 +32,7 @@ from engine.parallel import World
 from engine.selection import Selector, row_losses
 from engine.stopping import Decision
 from losses.types import Loss, derived
-from utils import log
+from utils import UserError, log
 
 
 @dataclass
@@ -327,7 +327,13 @@ class Trainer:
             restored = None
         if restored is not None:
             log.info("restoring the best checkpoint, step-%d", restored)
-            self.parts.read_model(self.parts.run_dir / f"step-{restored}")
+            path = self.parts.run_dir / f"step-{restored}"
+            try:
+                self.parts.read_model(path)
+            except checkpoint.CheckpointError as error:
+                raise UserError(
+                    f"the best checkpoint cannot be restored: {error}; delete {path} and start again"
+                ) from error
             self.evaluated_at = self.saved_at = -1  # LATEST holds what was reported
             self.restored = {"restored_from": restored}
             self.logged = []

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import assembly
 import run_data
+import trainers
 from config.compose import CONFIG_DIR, compose
 from utils import UserError
 
@@ -261,6 +262,22 @@ def test_a_finished_run_goes_on_where_more_epochs_are_allowed(tmp_path, sft):
     before = (run_dir / "metrics.jsonl").read_bytes()
     start(tmp_path, *words, *more)  # finished again
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_best_checkpoint_is_told_and_can_be_made_again(tmp_path, sft, monkeypatch):
+    def damage_then_finish(trainer, finish=trainers.Trainer.finish):
+        weights = trainer.parts.run_dir / "step-16" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        finish(trainer)
+
+    words = [*KEEPS_WORST, f"model.archive={sft}", "exp_name=x"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.Trainer, "finish", damage_then_finish)
+        with pytest.raises(UserError, match=r"cannot be restored: .*step-16.* delete .*step-16 and start"):
+            start(tmp_path, *words)
+    shutil.rmtree(tmp_path / "x" / "step-16")
+    run_dir, _ = start(tmp_path, *words)
+    assert lines(run_dir, "eval")[-1]["restored_from"] == 16
 
 
 def test_a_run_that_resumes_from_a_finished_one_elsewhere_ends_as_that_did(tmp_path, sft):
