@@ -363,7 +363,7 @@ def test_another_model_is_refused_by_name(sliced):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("trainer=BasicTrainer", "there are no shards"),
+        ("trainer=BasicTrainer trainer.nproc=null", "there are no shards"),
         ("trainer=DDPTrainer", "there are no shards"),
         ("model.use_lora=true", "an adapter is small"),
     ],
@@ -373,4 +373,4 @@ def test_where_it_makes_no_sense_it_is_refused(tmp_path, word, message):
     from utils import UserError
 
     with pytest.raises(UserError, match=message):
-        compose(list(words(tmp_path / "run", *TWO, word)))
+        compose(list(words(tmp_path / "run", *TWO, *word.split())))
