@@ -396,8 +396,8 @@ class Session:
             chosen = [both[i] for i in index]
             if chosen:
                 found = stats.paired_difference(
-                    [counted(a, key) for a, _ in chosen],
-                    [counted(b, key) for _, b in chosen],
+                    [stats.counted(a, key) for a, _ in chosen],
+                    [stats.counted(b, key) for _, b in chosen],
                     [a["prompt_key"] for a, _ in chosen],
                 )
                 line = {"a": POLICY, "b": AGAINST, "split": split, "group": group, "metric": metric}
@@ -461,13 +461,8 @@ def with_interval(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
         return dict(row)
     mine = [r for r in records if row["group"] in ("all", r["group"]) and row["metric"] in r]
     interval = stats.share_interval if row["metric"] in ACCURACIES else stats.cluster_mean
-    found = interval([counted(r, row["metric"]) for r in mine], [r["prompt_key"] for r in mine])
+    found = interval([stats.counted(r, row["metric"]) for r in mine], [r["prompt_key"] for r in mine])
     return {**row, **bounds(found, value=None)}
-
-
-def counted(record: Mapping[str, Any], metric: str) -> float:
-    """What a record adds to the metric's mean: losses count with the example's weight."""
-    return record[metric] * (record["weight"] if metric == "loss" else 1.0)
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> str:

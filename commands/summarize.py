@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from config.build import build
-from engine.stats import Interval, needed_n, paired_difference, paired_over_seeds
+from engine.stats import Interval, counted, needed_n, paired_difference, paired_over_seeds
 from plot_scripts.aggregate import LEVEL, Bar, bar, collect, warnings_about
 from plot_scripts.load import Loaded, RunInfo, read_rows
 from plot_scripts.panels import group_label
@@ -201,7 +201,7 @@ def _example_values(
             # losses count with the example's weight, as in the logged mean
             found[uid] = (
                 row["prompt_key"],
-                float(np.mean([r[metric] * (r["weight"] if metric == "loss" else 1.0) for r in rows])),
+                float(np.mean([counted(r, metric) for r in rows])),
                 row["num_tokens"],
             )
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -175,6 +176,11 @@ def cluster_bootstrap(
     tail = float(norm.sf(math.sqrt(num / (num - 1)) * student_t.isf(alpha / 2.0, num - 1)))
     low, high = np.quantile(resampled, [tail, 1.0 - tail])
     return Interval(estimate, float(low), float(high), num, level, float(resampled.std(ddof=1)))
+
+
+def counted(record: Mapping[str, Any], metric: str) -> float:
+    """What a record of an evaluated example adds to the metric's mean: losses count with the example's weight."""
+    return record[metric] * (record["weight"] if metric == "loss" else 1.0)
 
 
 def share_interval(wins: Sequence[float], prompts: Sequence[str]) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -143,34 +144,41 @@ def test_other_settings_are_refused_with_the_difference_or_let_through_by_name(t
     assert "resume_allow: lr: 0.01 -> 0.02" in child.text
 
 
-@pytest.mark.parametrize("change", ["edited", "reordered", "removed"])
-def test_other_data_under_the_same_settings_is_refused(tmp_path, change):
-    run_dir = tmp_path / "run"
-    interrupted(run_dir, 2)
+def with_data(edit):
+    """A patch for ``start``: ``edit`` changes the examples, {split: [those of each data set]}, after they are read."""
 
     def patch(rank: int) -> None:
-        import dataclasses
-
         import run_data
 
         load = run_data.load_examples
 
         def changed(run):
             found = load(run)
-            examples = found["train"][0]
-            if change == "edited":
-                first = examples[0]
-                responses = tuple((role, text + " no") for role, text in first.responses)
-                examples[0] = dataclasses.replace(first, responses=responses)
-            elif change == "reordered":
-                examples[0], examples[5] = examples[5], examples[0]
-            else:
-                del examples[3]
+            edit(found)
             return found
 
         run_data.load_examples = changed
 
-    (child,) = start(words(run_dir), patch=patch)
+    return patch
+
+
+@pytest.mark.parametrize("change", ["edited", "reordered", "removed"])
+def test_other_data_under_the_same_settings_is_refused(tmp_path, change):
+    run_dir = tmp_path / "run"
+    interrupted(run_dir, 2)
+
+    def edit(found):
+        examples = found["train"][0]
+        if change == "edited":
+            first = examples[0]
+            responses = tuple((role, text + " no") for role, text in first.responses)
+            examples[0] = dataclasses.replace(first, responses=responses)
+        elif change == "reordered":
+            examples[0], examples[5] = examples[5], examples[0]
+        else:
+            del examples[3]
+
+    (child,) = start(words(run_dir), patch=with_data(edit))
     assert child.wait() == 2, child.text
     assert "the data changed since the checkpoint" in child.text
 
@@ -201,21 +209,10 @@ def test_other_evaluation_rows_are_told(tmp_path):
     run_dir = tmp_path / "run"
     interrupted(run_dir, 2)
 
-    def patch(rank: int) -> None:
-        import dataclasses
+    def edit(found):
+        validation = found["validation"][0]
+        validation.append(dataclasses.replace(validation[0], uid="once more"))
 
-        import run_data
-
-        load = run_data.load_examples
-
-        def changed(run):
-            found = load(run)
-            validation = found["validation"][0]
-            validation.append(dataclasses.replace(validation[0], uid="once more"))
-            return found
-
-        run_data.load_examples = changed
-
-    (child,) = start(words(run_dir), patch=patch)
+    (child,) = start(words(run_dir), patch=with_data(edit))
     assert child.wait() == 0, child.text
     assert "not bit-exact, equal to rounding: evaluation_rows.validation: " in child.text
