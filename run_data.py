@@ -173,7 +173,8 @@ def check_groups(run: Run, groups: Sequence[str], splits: Mapping[str, Sequence[
 
 
 def _check_strata(what: str, names: Sequence[str], strata: Sequence[int]) -> None:
-    empty = [name for i, name in enumerate(names) if i not in set(strata)]
+    present = set(strata)
+    empty = [name for i, name in enumerate(names) if i not in present]
     if empty:
         raise UserError(
             f"{what} {', '.join(empty)} has no training rows that could be drawn; add some, or drop it"
